@@ -1,0 +1,195 @@
+"""The typed configuration of a run. Imports no torch, so that a wrong key is refused within a second."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plugin(BaseModel):
+    """A function by name (a built-in, or "package.module:function"); the other keys are its keyword arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Source(Plugin):
+    """A data set file: name is its format, path a json, jsonl or parquet file or a hub name."""
+
+    path: str
+
+
+class Lora(Section):
+    r: Count = 128
+    alpha: Positive = 256
+    dropout: Fraction = 0.0
+    target: str = "language"  # every Linear of the language model, or a regular expression over module names
+
+
+class Model(Section):
+    path: str
+    family: Literal["llava_video"] = "llava_video"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attention: Literal["auto", "reference", "varlen"] = "auto"
+    pooling: Literal["bilinear", "average"] = "bilinear"
+    liger: Literal["auto", "on", "off"] = "auto"
+    gradient_checkpointing: bool = True
+    lora: Lora | None = Lora()
+    train_vision: bool = False
+    train_projector: bool = False
+    train_language: bool = True  # with lora: its adapters; without: its weights
+    train_head: bool = False
+
+
+class Data(Section):
+    train: Source
+    eval: Source | None = None
+    media_root: Path = Path(".")
+    frames: Count = 16
+    on_bad_sample: Literal["error", "skip"] = "error"
+    workers: Annotated[int, Field(ge=0)] = 2
+    synthetic: Path | None = None  # write the built-in demo data here first, if it is not there yet
+
+
+class Batch(Section):
+    prompts: Count  # per optimizer step, all ranks together
+    tokens: Annotated[int, Field(ge=16)]  # largest packed row on one rank
+
+
+class Optim(Section):
+    lr: Positive
+    lr_vision: Positive | None = None  # None: lr
+    lr_projector: Positive | None = None
+    epochs: Positive = 1.0
+    steps: Count | None = None  # wins over epochs
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.03  # share of all steps
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0 turns clipping off
+
+
+class Reference(Section):
+    mode: Literal["adapter_off", "copy", "cache", "none"] = "adapter_off"
+
+
+class Engine(Section):
+    zero: Annotated[int, Field(ge=0, le=3)] = 3
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+
+class Log(Section):
+    eval_every: Annotated[int, Field(ge=0)] = 0  # 0: before the first and after the last step only
+    tensorboard: bool = True
+    wandb: str | None = None  # a W&B project
+
+
+class Warmup(Section):
+    """Supervised steps on the better responses, all weights, before the preference run; written to out/warmup/model."""
+
+    steps: Count
+    lr: Positive
+    prompts: Count
+
+
+class Run(Section):
+    out: Path
+    seed: int = 0
+    save_every: Count = 100
+    model: Model
+    data: Data
+    batch: Batch
+    loss: Plugin
+    optim: Optim
+    reference: Reference = Reference()
+    engine: Engine = Engine()
+    log: Log = Log()
+    warmup: Warmup | None = None
+    backend: Literal["auto", "reference", "chunked", "triton"] = "auto"  # of token_stats
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Run":
+        model, mode = self.model, self.reference.mode
+        if mode == "adapter_off":
+            if model.lora is None:
+                raise ValueError("reference.mode: adapter_off needs model.lora; use copy or cache for full fine-tuning")
+            trained = [k for k in ("train_vision", "train_projector", "train_head") if getattr(model, k)]
+            if trained:
+                raise ValueError(
+                    f"reference.mode: adapter_off would let the reference drift with model.{trained[0]}: true; use copy or cache"
+                )
+        if model.lora is not None and not model.train_language:
+            raise ValueError("model.lora adapts the language model, but model.train_language is false")
+        if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
+            raise ValueError("model: every train_* key is false, nothing would be trained")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Run:
+    """Reads a YAML file and applies "a.b.c=value" overrides (values are YAML). Raises ValueError with every bad key's path."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: the top level must be a mapping of keys")
+    for item in overrides:
+        _override(tree, item)
+    try:
+        return Run.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'run'}: {_reason(e)}" for e in error.errors()]
+        raise ValueError(f"{path}: bad configuration\n" + "\n".join(lines)) from None
+
+
+def _override(tree: dict, item: str) -> None:
+    dotted, equals, text = item.partition("=")
+    if not equals or not dotted:
+        raise ValueError(f"override {item!r}: expected key.path=value")
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for key in parents:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {item!r}: {key} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {item!r}: not valid YAML: {error}") from None
+
+
+def _reason(error: dict) -> str:
+    value = "" if error["type"] in ("missing", "extra_forbidden", "value_error") else f" (got {error['input']!r})"
+    message = "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+    return message + value
+
+
+def schedule_factor(optim: Optim, step: int, total: int) -> float:
+    """Share of the learning rate in optimizer step `step` (from 0) of `total`: linear warm-up, then the schedule.
+
+    The same numbers as transformers' get_cosine/linear/constant schedule with warm-up (warm-up steps rounded up).
+    """
+    warmup = math.ceil(optim.warmup * total)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[optim.schedule]

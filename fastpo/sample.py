@@ -1,0 +1,85 @@
+"""A sample is one prompt with scored responses; a micro-batch is a packed forest of samples.
+
+Axes: N supervised tokens, T packed tokens, S responses, P prompts, F frames.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fastpo_kernels import Segments, Tree
+
+
+class BadSample(ValueError):
+    """A row that cannot be trained on. The message names the file, the row and the key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Media:
+    kind: Literal["video", "image"]
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """text never holds tags; tagged is the same text with <MASK> phrases, or None. Higher score is better."""
+
+    text: str
+    score: float
+    tagged: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """key is "file:row", unique in a run. question holds one "<image>" or "<video>" placeholder per media item."""
+
+    key: str
+    question: str
+    media: tuple[Media, ...]
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One tokenised sample. Placeholders are expanded; prompt and responses are segments of the tree.
+
+    prompt: [n] int64. responses: S tensors [n_s] int64. weights: S tensors [n_s] float32 (RRPO phrase
+    mask) or None. scores: S numbers. pixels: [F, 3, h, w] uint8, or None before decoding or without media.
+    """
+
+    key: str
+    prompt: Tensor
+    responses: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None
+    scores: tuple[float, ...]
+    frames: int
+    pixels: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """One packed row.
+
+    ids, positions: [T] int64. at: [N] position in the row of the hidden state that predicts target: [N] int64.
+    pixels: [F, 3, h, w] uint8 in row order. lengths: sample tokens without the blank segment.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    tree: Tree
+    pixels: Tensor
+    at: Tensor
+    target: Tensor
+    segments: Segments
+    keys: tuple[str, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: Any) -> "MicroBatch":
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if hasattr(getattr(self, f.name), "to")}
+        return replace(self, **moved)
