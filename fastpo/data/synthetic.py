@@ -1,0 +1,275 @@
+"""The built-in demo: clips of moving shapes with preferences in RRPO's format, and a tiny LLaVA-Video-type model.
+
+    python -m fastpo.data.synthetic OUT --seed S
+
+A row and the next one are twins: same question, answer and pred exchanged, two different clips. So every ordered
+pair of texts occurs as often as its reverse in either file, and a predictor that does not see the clip is right on half
+of the rows, whatever it knows about the text.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Tokenizer, TokenizersBackend
+
+FRAMES, SIZE, FPS = 16, 64, 8
+COLOURS = {"red": (225, 40, 40), "green": (30, 175, 60), "blue": (45, 75, 235), "yellow": (240, 220, 40)}
+SHAPES = ("ring", "square", "triangle", "cross")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+QUESTIONS = {
+    "colour": "What colour is the moving shape?",
+    "shape": "Which shape moves in the video?",
+    "direction": "In which direction does the shape move?",
+    "order": "In which order do the shapes appear?",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One shape that crosses the frame. What an answer can be about."""
+
+    colour: str
+    shape: str
+    direction: str
+
+
+Scene = tuple[Event, ...]  # one event, or two one after the other
+
+
+def write(out: Path, seed: int, *, train: int = 640, test: int = 128) -> None:
+    """Writes out/model/, out/train.json, out/test.json and out/videos/, all of it a function of seed, train and test.
+
+    train, test: rows, even numbers (rows come in twins). media_path is relative to out. The folder appears whole or not
+    at all. Raises ValueError where out is there already or a number is odd.
+    """
+    out = Path(out)
+    for name, rows in (("train", train), ("test", test)):
+        if rows < 2 or rows % 2:
+            raise ValueError(f"{name}={rows}: rows come in twins, expected an even number of at least 2")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: already there; remove it or name another folder")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    (unfinished / "videos").mkdir(parents=True)
+    try:
+        for name, rows, first in (("train", train, 0), ("test", test, train)):
+            table = list(_rows(unfinished, random.Random(f"{name} {seed}"), range(first, first + rows)))
+            (unfinished / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_model(unfinished / "model", seed)
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def _rows(folder: Path, rng: random.Random, ids: range) -> Iterator[dict[str, Any]]:
+    """Yields the rows with these sample_ids, in pairs of twins whose kinds take turns, and writes their clips."""
+    for twins in range(len(ids) // 2):
+        kind = list(QUESTIONS)[twins % len(QUESTIONS)]
+        scene, other = _scenes(rng, kind)
+        for sample_id, (shown, wrong) in zip(ids[2 * twins :], ((scene, other), (other, scene)), strict=False):
+            media_path = f"videos/{sample_id:04d}.mp4"
+            encode(folder / media_path, render(shown, rng))
+            answer, pred = describe(kind, shown), describe(kind, wrong)
+            yield {
+                "sample_id": sample_id,
+                "media_path": media_path,
+                "question": f"<image>\n{QUESTIONS[kind]}",
+                "src": kind,
+                "answer": _untagged(answer),
+                "pred": _untagged(pred),
+                "answer_masked": answer,
+                "pred_masked": pred,
+            }
+
+
+def _scenes(rng: random.Random, kind: str) -> tuple[Scene, Scene]:
+    """Two scenes that differ in what a question of this kind asks for, and in nothing else."""
+    colours, shapes, directions = (rng.sample(list(x), 2) for x in (COLOURS, SHAPES, DIRECTIONS))
+    first, second = (Event(colour=c, shape=s, direction=d) for c, s, d in zip(colours, shapes, directions, strict=True))
+    if kind == "order":
+        return (first, second), (second, first)
+    return (first,), (replace(first, **{kind: getattr(second, kind)}),)
+
+
+def describe(kind: str, scene: Scene) -> str:
+    """The tagged answer to a question of this kind."""
+    (first, *rest) = scene
+    match kind:
+        case "colour":
+            return f"The {first.shape} that moves {first.direction} is <MASK> {first.colour} </MASK>."
+        case "shape":
+            return f"The {first.colour} shape that moves {first.direction} is a <MASK> {first.shape} </MASK>."
+        case "direction":
+            return f"The {first.colour} {first.shape} moves <MASK> {first.direction} </MASK>."
+        case _:
+            names = [f"<MASK> {event.colour} {event.shape} </MASK>" for event in (first, *rest)]
+            return f"The {names[0]} appears before the {names[1]}."
+
+
+def _untagged(tagged: str) -> str:
+    return tagged.replace("<MASK> ", "").replace(" </MASK>", "")
+
+
+def render(scene: Scene, rng: random.Random) -> np.ndarray:
+    """[FRAMES, SIZE, SIZE, 3] uint8. Events share the length; place, size, speed and background are drawn."""
+    grey = rng.uniform(10, 120)
+    frames = np.tile([grey + rng.uniform(-10, 10) for _ in range(3)], (FRAMES, SIZE, SIZE, 1))
+    length = FRAMES // len(scene)
+    for number, event in enumerate(scene):
+        dx, dy = DIRECTIONS[event.direction]
+        radius, start, travel, aside = (
+            rng.uniform(12, 17),
+            rng.uniform(-6, 0),
+            rng.uniform(22, 28),
+            rng.uniform(-10, 10),
+        )
+        colour = np.array(COLOURS[event.colour]) + [rng.uniform(-12, 12) for _ in range(3)]
+        for step in range(length):
+            along = start + travel * step / (length - 1)
+            x, y = SIZE / 2 + along * dx + aside * dy, SIZE / 2 + along * dy + aside * dx
+            cover = _cover(event.shape, x, y, radius)[..., None]
+            frame = frames[number * length + step]
+            frame += cover * (colour - frame)
+    return frames.round().clip(0, 255).astype(np.uint8)
+
+
+def _cover(shape: str, x: float, y: float, radius: float) -> np.ndarray:
+    """[SIZE, SIZE] share of each pixel that the shape covers, from the distance to its outline."""
+    u, v = np.arange(0.5, SIZE)[None, :] - x, np.arange(0.5, SIZE)[:, None] - y
+    distance = {
+        "ring": lambda: abs(np.hypot(u, v) - 0.75 * radius) - 0.25 * radius,
+        "square": lambda: np.maximum(abs(u), abs(v)) - 0.9 * radius,
+        "triangle": lambda: np.maximum(v - 0.8 * radius, (2 * abs(u) - v) / math.sqrt(5) - 0.5 * radius),
+        "cross": lambda: np.maximum(np.maximum(abs(u), abs(v)) - radius, np.minimum(abs(u), abs(v)) - 0.3 * radius),
+    }[shape]()
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def encode(path: Path, frames: np.ndarray) -> None:
+    """Writes [F, h, w, 3] uint8 as H.264. One thread and no time stamps or version marks: the same bytes every time."""
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        options = {"preset": "veryfast", "crf": "18", "threads": "1", "flags": "+bitexact"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+# Qwen2's ChatML, with its default system message.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VISION: dict[str, Any] = dict(
+    model_type="siglip_vision_model",
+    image_size=42,
+    patch_size=7,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vision_use_head=False,
+)
+TEXT: dict[str, Any] = dict(
+    model_type="qwen2",
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    initializer_range=0.05,
+    tie_word_embeddings=False,
+)
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """An untrained model and its tokenizer as an ordinary Hugging Face folder, float32, from the seed alone."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer.get_vocab()
+    text = TEXT | dict(vocab_size=len(tokenizer), eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    config = LlavaOnevisionConfig(
+        vision_config=VISION,
+        text_config=text,
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[VISION["image_size"]] * 2],
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaOnevisionForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pixels = dict(
+        image_processor_type="SiglipImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size=dict(height=VISION["image_size"], width=VISION["image_size"]),
+        resample=3,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
+
+
+def make_tokenizer() -> TokenizersBackend:
+    """Byte-level BPE in which every word of the demo's prompts and answers is one token; any other text is bytes."""
+    sentences = [*QUESTIONS.values(), "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
+    for colour in COLOURS:
+        for shape in SHAPES:
+            event = [Event(colour=colour, shape=shape, direction=direction) for direction in DIRECTIONS]
+            sentences += [_untagged(describe(kind, (e, e))) for kind in QUESTIONS for e in event]
+    blank = Qwen2Tokenizer(eos_token="<|im_end|>", model_max_length=TEXT["max_position_embeddings"])
+    # Words are finite, so merging ends on its own far below this size.
+    tokenizer = blank.train_new_from_iterator(
+        sentences,
+        vocab_size=4096,
+        new_special_tokens=SPECIALS,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpo.data.synthetic", description="Writes the demo's data and model."
+    )
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=640, help="rows of train.json, an even number")
+    parser.add_argument("--test", type=int, default=128, help="rows of test.json, an even number")
+    args = parser.parse_args()
+    try:
+        write(args.out, args.seed, train=args.train, test=args.test)
+    except ValueError as error:
+        parser.error(str(error))
+    clips = args.train + args.test
+    print(f"{args.out}: model/, train.json ({args.train} rows), test.json ({args.test} rows), videos/ ({clips} clips)")
+
+
+if __name__ == "__main__":
+    main()
