@@ -1,19 +1,28 @@
 """The typed configuration of a run. Imports no torch, so that a wrong key is refused within a second."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"does not take {str(value).lower()}")
+        return value
 
 
 class Plugin(BaseModel):
@@ -79,8 +88,8 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.03  # share of all steps
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0 turns clipping off
+    weight_decay: NonNegative = 0.0
+    clip: NonNegative = 1.0  # largest gradient norm; 0 turns clipping off
 
 
 class Reference(Section):
@@ -129,9 +138,8 @@ class Run(Section):
                 raise ValueError("reference.mode: adapter_off needs model.lora; use copy or cache for full fine-tuning")
             trained = [k for k in ("train_vision", "train_projector", "train_head") if getattr(model, k)]
             if trained:
-                raise ValueError(
-                    f"reference.mode: adapter_off would let the reference drift with model.{trained[0]}: true; use copy or cache"
-                )
+                drift = f"would let the reference drift with model.{trained[0]}: true"
+                raise ValueError(f"reference.mode: adapter_off {drift}; use copy or cache")
         if model.lora is not None and not model.train_language:
             raise ValueError("model.lora adapts the language model, but model.train_language is false")
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
@@ -139,23 +147,45 @@ class Run(Section):
         return self
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Run:
-    """Reads a YAML file and applies "a.b.c=value" overrides (values are YAML). Raises ValueError with every bad key's path."""
+def warmup_run(run: Run) -> Run:
+    """The supervised stage that comes before `run`: all weights, better responses only, no reference."""
+    assert run.warmup is not None
+    model = (
+        run.model.model_dump() | dict.fromkeys(("train_vision", "train_projector", "train_head"), True) | {"lora": None}
+    )
+    stage = run.model_dump() | {
+        "out": run.out / "warmup",
+        "model": model,
+        "data": run.data.model_dump() | {"eval": None},
+        "batch": run.batch.model_dump() | {"prompts": run.warmup.prompts},
+        "loss": {"name": "sft"},
+        "optim": {"lr": run.warmup.lr, "steps": run.warmup.steps},
+        "reference": {"mode": "none"},
+        "warmup": None,
+    }
+    return Run.model_validate(stage)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Reads a YAML file and applies "a.b.c=value" overrides (values are YAML).
+
+    "{out}" in a text stands for the key `out`. Raises ValueError with every bad key's path.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: the top level must be a mapping of keys")
     for item in overrides:
         _override(tree, item)
     try:
-        return Run.model_validate(tree)
+        return Run.model_validate(_fill(tree, str(tree.get("out", ""))))
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'run'}: {_reason(e)}" for e in error.errors()]
+        lines = ["  " + ": ".join(filter(None, (".".join(map(str, e["loc"])), _reason(e)))) for e in error.errors()]
         raise ValueError(f"{path}: bad configuration\n" + "\n".join(lines)) from None
 
 
@@ -177,7 +207,13 @@ def _override(tree: dict, item: str) -> None:
         raise ValueError(f"override {item!r}: not valid YAML: {error}") from None
 
 
-def _reason(error: dict) -> str:
+def _fill(node: Any, out: str) -> Any:
+    if isinstance(node, dict):
+        return {key: _fill(value, out) for key, value in node.items()}
+    return node.replace("{out}", out) if isinstance(node, str) else node
+
+
+def _reason(error: Mapping[str, Any]) -> str:
     value = "" if error["type"] in ("missing", "extra_forbidden", "value_error") else f" (got {error['input']!r})"
     message = "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
     return message + value
@@ -192,4 +228,5 @@ def schedule_factor(optim: Optim, step: int, total: int) -> float:
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
-    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[optim.schedule]
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": cosine}[optim.schedule]

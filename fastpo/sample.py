@@ -3,9 +3,11 @@
 Axes: N supervised tokens, T packed tokens, S responses, P prompts, F frames.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import torch
 
 from torch import Tensor
 
@@ -66,8 +68,9 @@ class Encoded:
 class MicroBatch:
     """One packed row.
 
-    ids, positions: [T] int64. at: [N] position in the row of the hidden state that predicts target: [N] int64.
-    pixels: [F, 3, h, w] uint8 in row order. lengths: sample tokens without the blank segment.
+    ids, positions: [T] int64. at: [N] place in the row of the hidden state that predicts target: [N] int64.
+    pixels: [F, 3, h, w] uint8 in row order. keys: the samples; skipped: (key, reason) of those left out.
+    ref_logp: [N], ref_hidden: [N, H], from the reference cache (rows without KL are 0).
     """
 
     ids: Tensor
@@ -78,8 +81,10 @@ class MicroBatch:
     target: Tensor
     segments: Segments
     keys: tuple[str, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[tuple[str, str], ...] = ()
+    ref_logp: Tensor | None = None
+    ref_hidden: Tensor | None = None
 
-    def to(self, device: Any) -> "MicroBatch":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if hasattr(getattr(self, f.name), "to")}
-        return replace(self, **moved)
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")})

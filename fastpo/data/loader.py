@@ -1,0 +1,131 @@
+"""From a data set file to windows of micro-batches: cheap checks first, decoding in worker processes, exact resume.
+
+Which samples a step holds follows from (seed, epoch, step) alone, so that a resumed run needs no saved loader state.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastpo.config import Data, Source
+from fastpo.data import formats
+from fastpo.data.pack import pack, plan
+from fastpo.sample import BadSample, Encoded, MicroBatch, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Checked samples with their tokens (nothing decoded yet), and (key, reason) of the rows left out."""
+
+    samples: list[Sample]
+    encoded: list[Encoded]
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """How this rank turns rows into micro-batches. encode(sample) -> Encoded without pixels; pixels(sample) decodes."""
+
+    data: Data
+    encode: Callable[[Sample], Encoded]
+    pixels: Callable[[Sample], Tensor | None]
+    blank: Encoded
+    budget: int  # tokens per packed row
+    rank: int
+    ranks: int
+
+    def read(self, source: Source, *, best_only: bool = False) -> Table:
+        """Reads, checks and tokenises every row. best_only keeps each prompt's best responses (supervised training).
+
+        Raises BadSample at the first bad row under on_bad_sample: error, ValueError where no row is left.
+        """
+        samples, encoded, skipped = [], [], []
+        for row in formats.samples(source, self.data.media_root):
+            try:
+                if isinstance(row, BadSample):
+                    raise row
+                sample = _best(row) if best_only else row
+                tokens = self.encode(sample)
+                if tokens.tokens > self.budget:
+                    raise BadSample(f"{row.key}: {tokens.tokens} tokens, more than batch.tokens: {self.budget}")
+            except BadSample as error:
+                if self.data.on_bad_sample == "error":
+                    raise
+                skipped.append((getattr(row, "key", source.path), str(error)))
+                continue
+            samples.append(sample)
+            encoded.append(tokens)
+        if not samples:
+            reason = f"; the first of {len(skipped)} bad rows: {skipped[0][1]}" if skipped else ""
+            raise ValueError(f"{source.path}: no usable row{reason}")
+        return Table(samples=samples, encoded=encoded, skipped=skipped)
+
+    def windows(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[list[MicroBatch]]:
+        """For each step (sample indices of all ranks together) this rank's micro-batches, as many on every rank."""
+        plans = [self.plan(table, chosen)[self.rank] for chosen in steps]
+        source = _Rows(table=table, rows=[row for rows in plans for row in rows], feed=self)
+        loader = iter(DataLoader(source, batch_size=None, num_workers=self.data.workers, collate_fn=_same))
+        for rows in plans:
+            window = [next(loader) for _ in rows]
+            for batch in window:
+                if isinstance(batch, BadSample):
+                    raise batch
+            yield window
+
+    def plan(self, table: Table, chosen: Sequence[int]) -> list[list[list[int]]]:
+        """Rank -> micro-batch -> sample indices."""
+        shares = plan([table.encoded[n].tokens for n in chosen], budget=self.budget, ranks=self.ranks)
+        return [[[chosen[i] for i in row] for row in rows] for rows in shares]
+
+
+def step_samples(count: int, step: int, *, prompts: int, seed: int) -> list[int]:
+    """Sample indices of optimizer step `step`. Each epoch is a new shuffle; its last step may be smaller."""
+    epoch, place = divmod(step, -(-count // prompts))
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order[place * prompts : (place + 1) * prompts]
+
+
+def in_order(count: int, prompts: int) -> list[list[int]]:
+    """All samples once, in windows of `prompts`."""
+    return [list(range(first, min(first + prompts, count))) for first in range(0, count, prompts)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows(Dataset):
+    """Micro-batch i of this rank, decoded and packed in a worker; a BadSample is returned, so that it crosses unwrapped."""
+
+    table: Table
+    rows: list[list[int]]
+    feed: Feed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> MicroBatch | BadSample:
+        decoded, skipped = [], []
+        for n in self.rows[i]:
+            sample = self.table.samples[n]
+            try:
+                decoded.append(replace(self.table.encoded[n], pixels=self.feed.pixels(sample)))
+            except BadSample as error:
+                if self.feed.data.on_bad_sample == "error":
+                    return BadSample(f"{sample.key}: {error}")
+                skipped.append((sample.key, str(error)))
+        return pack(decoded, self.feed.blank, skipped)
+
+
+def _same(batch: MicroBatch | BadSample) -> MicroBatch | BadSample:
+    return batch
+
+
+def _best(sample: Sample) -> Sample:
+    top = max(response.score for response in sample.responses)
+    return replace(sample, responses=tuple(r for r in sample.responses if r.score == top))

@@ -1,0 +1,67 @@
+"""`--dry-run`: the resolved configuration, what the data set packs to, and an estimate of memory. Loads no weights."""
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from fastpo import metrics
+from fastpo.config import Run
+from fastpo.data import loader
+from fastpo.fit import make_data, make_feed, total_steps
+from fastpo.models import FAMILIES, trainable
+
+GIB = 2**30
+
+
+def report(run: Run) -> None:
+    """Prints the report. Raises ValueError for what a real run would refuse before its first step."""
+    make_data(run)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    feed = make_feed(run, rank=0, ranks=ranks)
+    table = feed.read(run.data.train, best_only=run.loss.name == "sft")
+    total = total_steps(run, len(table))
+    steps = min(total, -(-len(table) // run.batch.prompts))
+    chosen = [loader.step_samples(len(table), s, prompts=run.batch.prompts, seed=run.seed) for s in range(steps)]
+    plans = [feed.plan(table, step) for step in chosen]
+    rows = [row for step in plans for rank in step for row in rank if row]
+    lengths = [e.tokens for e in table.encoded]
+    filled = [sum(lengths[n] for n in row) for row in rows]
+    separate = sum(len(r) + len(table.encoded[n].prompt) for step in chosen for n in step for r in table.encoded[n].responses)
+
+    Console().print(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), highlight=False, markup=False)
+    metrics.table(
+        "data",
+        [
+            {"what": "samples", "number": f"{len(table):,} ({len(table.skipped):,} skipped)"},
+            {"what": "optimizer steps", "number": f"{total:,} on {ranks} ranks"},
+            {"what": "tokens per sample, smallest / mean / largest", "number": f"{min(lengths):,} / {sum(lengths) / len(lengths):,.0f} / {max(lengths):,}"},
+            {"what": "micro-batches per step and rank, mean", "number": f"{sum(len(step[0]) for step in plans) / steps:.2f}"},
+            {"what": "packing efficiency (tokens / batch.tokens, one epoch)", "number": f"{sum(filled) / (len(filled) * run.batch.tokens):.1%}"},
+            {"what": "tokens saved by sharing prompts", "number": f"{1 - sum(filled) / separate:.1%} of {separate:,}"},
+        ],
+    )  # fmt: skip
+    metrics.table("memory per rank, estimated", [{"what": k, "GiB": v / GIB} for k, v in memory(run, max(filled), ranks).items()])
+
+
+def memory(run: Run, tokens: int, ranks: int) -> dict[str, float]:
+    """Bytes per rank by part, for a packed row of `tokens`, from shapes alone (the model is built without storage)."""
+    config = AutoConfig.from_pretrained(Path(run.model.path))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        trained, everything = trainable.count(trainable.prepare(model, FAMILIES[run.model.family].parts, run.model))
+    width = 4 if run.model.dtype == "float32" else 2
+    text = config.text_config
+    share = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks, ranks, ranks)}[run.engine.zero]
+    copies = 2 if run.reference.mode == "copy" else 1
+    kept = 1 if run.model.gradient_checkpointing else 16  # hidden-sized tensors a layer keeps for backward
+    parts = {
+        "weights": copies * everything * width / share[0],
+        "gradients": trained * width / share[1],
+        "optimizer": trained * (8 if width == 4 else 12) / share[2],
+        "activations": tokens * text.hidden_size * width * (text.num_hidden_layers * kept + 16),
+    }
+    return parts | {"sum": sum(parts.values())}

@@ -1,0 +1,148 @@
+"""DeepSpeed behind a few verbs: the only file that imports it.
+
+Facts it rests on (DeepSpeed 0.19.8): the gradient is averaged over ranks, so the loss is multiplied by their number; the norm is clipped
+at 1.0 where `gradient_clipping` is absent, so the key is always written; dataclasses hide tensors from ZeRO-3's hooks, tuples do not.
+"""
+
+import logging
+import os
+import socket
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # noqa: F401  (before zero.Init, which patches Tensor.__new__ in a way its first import rejects)
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastpo.config import Run, schedule_factor
+from fastpo.models.policy import Policy
+from fastpo.models.trainable import groups
+from fastpo.sample import MicroBatch
+from fastpo_kernels import TokenStats
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+import deepspeed  # noqa: E402  (its logger reads the level when imported)
+
+
+def init_distributed() -> tuple[int, int, str]:
+    """Starts gloo (CPU) or nccl. Returns (rank, ranks, device). Without a launcher this process is the only rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by DeepSpeed's CPU backend
+    local = int(os.environ["LOCAL_RANK"])
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        backend = "gloo" if device == "cpu" else "nccl"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=60))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def ds_config(run: Run) -> dict[str, Any]:
+    """The DeepSpeed configuration that follows from the run's own keys."""
+    zero: dict[str, Any] = {"stage": run.engine.zero, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()}
+    if run.engine.zero == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if run.engine.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if run.engine.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the step sets the boundary itself
+        "gradient_clipping": run.optim.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if run.model.dtype != "float32":
+        config["bf16" if run.model.dtype == "bfloat16" else "fp16"] = {"enabled": True}
+        if run.engine.zero > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def sharded_loading(run: Run) -> object:
+    """While the returned object lives, from_pretrained loads straight into ZeRO-3 shards."""
+    if run.engine.zero < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config(run))
+
+
+class Engine:
+    """A wrapped policy: forward, backward, step, and collectives over all ranks."""
+
+    def __init__(self, run: Run, policy: Policy, total_steps: int):
+        self.run, self.ranks = run, dist.get_world_size()
+        if run.engine.zero == 3:
+            for parameter in policy.external_parameters():
+                deepspeed.zero.register_external_parameter(policy, parameter)
+        optimizer = torch.optim.AdamW(
+            groups(policy.model, policy.family.parts, run.optim), betas=run.optim.betas, weight_decay=run.optim.weight_decay
+        )
+        scheduler = LambdaLR(optimizer, lambda step: schedule_factor(run.optim, step, total_steps))
+        self.ds, *_ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config(run)
+        )
+        self.device = self.ds.device
+
+    @property
+    def policy(self) -> Policy:
+        return self.ds.module
+
+    def stats(self, batch: MicroBatch) -> TokenStats:
+        return self.ds(batch)
+
+    @torch.no_grad()
+    def record(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The model's own (logp [N], hidden [N, H]), for the reference cache."""
+        return self.ds(batch, record=True)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """loss: this rank's share of the global mean; the shares add up over ranks and micro-batches."""
+        self.ds.set_gradient_accumulation_boundary(last)
+        self.ds.backward(loss * self.ranks)
+
+    def step(self) -> dict[str, float]:
+        """Clips, updates and returns the learning rate that was used and the gradient norm before clipping."""
+        lr = self.ds.get_lr()[0]
+        self.ds.step()
+        norm = self.ds.get_global_grad_norm()
+        return {"lr": lr, "grad_norm": float(norm) if norm is not None else float("nan")}
+
+    def train(self, mode: bool = True) -> None:
+        self.ds.train(mode)
+
+    def all_sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
+        """Whole parameters under ZeRO-3; all ranks have to enter."""
+        sharded = [p for p in parameters if hasattr(p, "ds_id")]
+        return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Optimizer, scheduler and trained weights of all ranks."""
+        self.ds.save_checkpoint(
+            str(folder), tag="engine", client_state=client_state, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores what `save` wrote. Raises ValueError where it was written by another number of ranks."""
+        _, state = self.ds.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        return state

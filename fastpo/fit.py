@@ -1,0 +1,217 @@
+"""One run from a configuration to its last checkpoint, read top to bottom."""
+
+import json
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from rich.console import Console
+
+import fastpo
+import fastpo_kernels
+from fastpo import checkpoint, metrics, reference
+from fastpo.config import Run
+from fastpo.data import loader, synthetic
+from fastpo.data.loader import Feed, Table
+from fastpo.engine import Engine, init_distributed, sharded_loading
+from fastpo.models import FAMILIES, trainable
+from fastpo.models.policy import Policy
+from fastpo.plugins import resolve
+from fastpo.sample import MicroBatch
+from fastpo.step import eval_pass, meter_for, train_step
+from fastpo_kernels import losses
+
+Attach = Callable[[MicroBatch], MicroBatch]
+
+
+def fit(run: Run) -> Path:
+    """Trains from scratch or from the newest checkpoint in `out`; returns the last one. On SIGTERM it saves and exits with 0.
+
+    Raises ValueError for bad input, FloatingPointError where the loss is not finite.
+    """
+    rank, ranks, device = init_distributed()
+    objective = resolve(losses.LOSSES, run.loss)
+    feed = make_feed(run, rank, ranks)
+    table = feed.read(run.data.train, best_only=run.loss.name == "sft")
+    held_out = feed.read(run.data.eval) if run.data.eval else None
+    total = total_steps(run, len(table))
+    resume = checkpoint.latest(run)
+    if rank == 0:
+        _write_run_yaml(run)
+        _list_skipped(run, [*table.skipped, *(held_out.skipped if held_out else [])])
+
+    engine = Engine(run, make_policy(run, losses.needs(objective), device), total)
+    attach = _reference_cache(run, engine, feed, [table, held_out] if held_out else [table])
+    start = checkpoint.load(engine, resume) if resume else 0
+    order = [loader.step_samples(len(table), s, prompts=run.batch.prompts, seed=run.seed) for s in range(start, total)]
+    meter = meter_for(objective, engine.device)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    log = metrics.Log(
+        run.out, total, tensorboard=run.log.tensorboard, wandb=run.log.wandb, resume_step=start if resume else None,
+        run=run.model_dump(mode="json"), enabled=rank == 0,
+    )  # fmt: skip
+
+    def evaluate(step: int) -> None:
+        if held_out is not None:
+            rows = _ready(run, feed.windows(held_out, loader.in_order(len(held_out), run.batch.prompts)), attach)
+            means = eval_pass(engine, rows, objective, meter_for(objective, engine.device))
+            log.write(step, {f"eval/{name}": value for name, value in means.items()})
+
+    tokens, seconds = 0.0, 0.0
+    with log:
+        if start == 0:
+            evaluate(0)
+        engine.train()
+        begin = time.monotonic()
+        for step, window in enumerate(_ready(run, feed.windows(table, order), attach), start=start + 1):
+            torch.manual_seed(random.Random(f"{run.seed}/{step}/{rank}").getrandbits(63))  # dropout; the same on resume
+            numbers = train_step(engine, window, objective, meter)
+            seen, stopped = engine.all_sum([float(sum(len(batch.ids) for batch in window)), float(stop.is_set())])
+            took = time.monotonic() - begin
+            log.write(step, meter.reduce() | numbers | {"tokens_per_s": seen / took})
+            tokens, seconds = tokens + seen, seconds + took
+            if stopped or step % run.save_every == 0 or step == total:
+                folder = checkpoint.save(engine, run, step)
+            if stopped:
+                _say(rank, f"stopped by SIGTERM after step {step}; saved in {folder}")
+                sys.exit(0)
+            if step == total or (run.log.eval_every and step % run.log.eval_every == 0):
+                evaluate(step)
+            begin = time.monotonic()
+    folder = checkpoint.latest(run)
+    assert folder is not None
+    if rank == 0:
+        _summary(run, folder, tokens / seconds if seconds else None, device)
+    return folder
+
+
+def make_data(run: Run) -> None:
+    """Writes the built-in demo data where data.synthetic asks for it and it is not there yet."""
+    rank, _, _ = init_distributed()
+    if run.data.synthetic is not None and not run.data.synthetic.exists():
+        _say(rank, f"writing the demo's clips, questions and tiny model to {run.data.synthetic}")
+        if rank == 0:
+            synthetic.write(run.data.synthetic, run.seed)
+    dist.barrier()
+
+
+def make_feed(run: Run, rank: int, ranks: int) -> Feed:
+    family = FAMILIES[run.model.family]
+    processor = family.processor(run.model)
+    return Feed(
+        data=run.data,
+        encode=partial(family.encode, processor, frames=run.data.frames),
+        pixels=partial(family.pixels, processor, frames=run.data.frames),
+        blank=family.blank(processor),
+        budget=run.batch.tokens,
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
+    """Loads the model, freezes and adapts it. Raises ValueError where the reference mode does not fit the loss."""
+    if run.reference.mode == "none" and "kl" in stats:
+        raise ValueError(f"reference.mode: none, but the loss {run.loss.name} needs a reference")
+    if run.reference.mode == "cache" and "kl" in stats and run.model.train_head:
+        raise ValueError("reference.mode: cache keeps hidden states, not the head; use copy with model.train_head: true")
+    torch.manual_seed(run.seed)
+    family = FAMILIES[run.model.family]
+    alive = sharded_loading(run)  # transformers holds only a weak reference
+    model = family.load(run.model)
+    trainable.apply_liger(model.model.language_model, run.model, device)
+    model = trainable.prepare(model, family.parts, run.model)
+    copy = family.load(run.model) if run.reference.mode == "copy" and "ref_logp" in stats else None
+    del alive
+    return Policy(
+        model, family, family.processor(run.model), mode=run.reference.mode, stats=stats, reference=copy, backend=run.backend
+    )
+
+
+def total_steps(run: Run, count: int) -> int:
+    """optim.steps, or those of optim.epochs over `count` samples (an epoch's last step may be smaller)."""
+    return run.optim.steps or max(1, round(run.optim.epochs * -(-count // run.batch.prompts)))
+
+
+def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) -> Attach:
+    """Fills the cache with what is not in it yet; returns what puts it into a micro-batch. The model is still untrained."""
+    policy = engine.policy
+    if policy.mode != "cache":
+        return lambda batch: batch
+    folder = reference.open_cache(run, with_hidden=policy.wants_kl)
+    names = {s.key: reference.sample_name(s, e) for t in tables for s, e in zip(t.samples, t.encoded, strict=True)}
+    dist.barrier()
+    engine.train(False)
+    for table in tables:
+        missing = [i for i, s in enumerate(table.samples) if not (folder / names[s.key]).exists()]
+        steps = [missing[i : i + run.batch.prompts] for i in range(0, len(missing), run.batch.prompts)]
+        dist.barrier()  # every rank has looked before the first one writes
+        for window in feed.windows(table, steps):
+            for batch in window:
+                logp, hidden = engine.record(batch.to(engine.device))
+                reference.store(folder, names, batch, logp, hidden if policy.wants_kl else None)
+    dist.barrier()
+    engine.train()
+    return partial(reference.attach, folder, names)
+
+
+def _ready(run: Run, rows: Iterable[list[MicroBatch]], attach: Attach) -> Iterator[list[MicroBatch]]:
+    for window in rows:
+        _list_skipped(run, [row for batch in window for row in batch.skipped])
+        yield [attach(batch) for batch in window]
+
+
+def _list_skipped(run: Run, rows: list[tuple[str, str]]) -> None:
+    if rows:
+        with (run.out / "skipped.jsonl").open("a") as file:
+            file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rows)
+
+
+def _write_run_yaml(run: Run) -> None:
+    names = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "liger-kernel", "av")
+    facts = {
+        "run": run.model_dump(mode="json"),
+        "versions": {"fastpo": fastpo.__version__} | {name: version(name) for name in names},
+        "paths": {"fastpo": fastpo.__path__[0], "fastpo_kernels": fastpo_kernels.__path__[0]},
+    }
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "run.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
+
+
+def _summary(run: Run, folder: Path, tokens_per_s: float | None, device: str) -> None:
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    if len(evals) > 1:
+        names = ("accuracy", "margin", "loss")
+        held_out = [
+            {"held-out": name, f"step {evals[0]['step']}": evals[0].get(f"eval/{name}"), f"step {evals[-1]['step']}": evals[-1].get(f"eval/{name}")}
+            for name in names
+            if f"eval/{name}" in evals[0]
+        ]
+        metrics.table(str(run.loss.name), held_out)
+    if device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    skipped = run.out / "skipped.jsonl"
+    if skipped.exists():
+        count = len({json.loads(line)["key"] for line in skipped.read_text().splitlines()})
+        _say(0, f"skipped {count} bad samples, listed in {skipped}")
+    speed = "nothing left to train" if tokens_per_s is None else f"{tokens_per_s:,.0f} tokens/s"
+    _say(0, f"{speed}, peak memory {peak:.2f} GiB ({device}), checkpoint {folder}")
+
+
+def _say(rank: int, text: str) -> None:
+    if rank == 0:
+        Console().print(text, highlight=False, soft_wrap=True)

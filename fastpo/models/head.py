@@ -1,0 +1,34 @@
+"""The language-model head as a module that returns per-token statistics instead of logits."""
+
+from torch import Tensor, nn
+
+from fastpo_kernels import TokenStats, token_stats
+
+
+class StatsHead(nn.Module):
+    """Shares the parameters of lm_head (and of the reference's head, where it has its own).
+
+    A module of its own, since ZeRO-3 gathers the parameters that a module holds before its forward and its backward.
+    """
+
+    def __init__(self, lm_head: nn.Linear, ref_weight: nn.Parameter | None, backend: str):
+        super().__init__()
+        self.weight = lm_head.weight
+        self.bias = lm_head.bias
+        self.ref_weight = ref_weight
+        self.backend = backend
+
+    def forward(
+        self, hidden: Tensor, target: Tensor, ref_hidden: Tensor | None = None, kl_rows: Tensor | None = None
+    ) -> TokenStats:
+        """hidden, ref_hidden: [N, H]; target: [N] int64; kl_rows: [N] bool. Returns [N] statistics."""
+        return token_stats(
+            hidden,
+            self.weight,
+            target,
+            ref_hidden=ref_hidden,
+            ref_weight=None if ref_hidden is None else self.ref_weight,
+            kl_rows=kl_rows,
+            bias=self.bias,
+            backend=self.backend,
+        )

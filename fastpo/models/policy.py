@@ -1,0 +1,90 @@
+"""The one module that DeepSpeed wraps: vision once, reference, policy and head in a single forward."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.models import Family
+from fastpo.models.head import StatsHead
+from fastpo.models.trainable import part_of
+from fastpo.sample import MicroBatch
+from fastpo_kernels import TokenStats
+
+
+class Policy(nn.Module):
+    """MicroBatch -> TokenStats.
+
+    mode "adapter_off": the reference is the same model without its adapters and shares the visual features;
+    "copy": `reference` is a frozen second model; "cache": the micro-batch carries its numbers; "none": there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        processor: Any,
+        *,
+        mode: str,
+        stats: frozenset[str],
+        reference: nn.Module | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        assert (mode == "copy") == (reference is not None)
+        self.model = model
+        self.reference = None if reference is None else reference.requires_grad_(False).eval()
+        self.family, self.processor = family, processor
+        self.mode = mode if stats & {"ref_logp", "kl"} else "none"
+        self.wants_kl = "kl" in stats
+        own = None if reference is None else reference.get_output_embeddings().weight
+        self.head = StatsHead(self.core.get_output_embeddings(), own, backend)
+        self.train_features = any(
+            p.requires_grad and part_of(name, family.parts) in ("vision", "projector")
+            for name, p in self.core.named_parameters()
+        )
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters read outside the forward of the module that holds them: ZeRO-3 has to be told."""
+        models = [self.core] if self.reference is None else [self.core, self.reference]
+        return [model.get_parameter(path) for model in models for path in self.family.external]
+
+    @property
+    def core(self) -> nn.Module:
+        """The Hugging Face model without peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def train(self, mode: bool = True) -> "Policy":
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def forward(self, batch: MicroBatch, *, record: bool = False) -> TokenStats | tuple[Tensor, Tensor]:
+        """Statistics of the supervised tokens; with record, the model's own (logp [N], hidden [N, H]) for the reference cache."""
+        with nullcontext() if self.train_features else torch.no_grad():
+            features = self.family.vision(self.core, self.processor, batch.pixels)
+        ref_hidden = None if record else self._reference_hidden(batch, features)
+        hidden = self._hidden(self.core, batch, features)
+        if record:
+            return self.head(hidden, batch.target).logp, hidden
+        stats = self.head(hidden, batch.target, ref_hidden, batch.segments.better if self.wants_kl else None)
+        return stats if batch.ref_logp is None else stats._replace(ref_logp=batch.ref_logp)
+
+    def _hidden(self, model: nn.Module, batch: MicroBatch, features: Tensor) -> Tensor:
+        return self.family.hidden(model, batch.ids, batch.positions, features, batch.tree)[batch.at]
+
+    @torch.no_grad()
+    def _reference_hidden(self, batch: MicroBatch, features: Tensor) -> Tensor | None:
+        if self.mode == "none":
+            return None
+        if self.mode == "cache":
+            return batch.ref_hidden
+        if self.reference is not None:
+            if self.train_features:
+                features = self.family.vision(self.reference, self.processor, batch.pixels)
+            return self._hidden(self.reference, batch, features)
+        with self.model.disable_adapter():
+            return self._hidden(self.core, batch, features)
+

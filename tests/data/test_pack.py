@@ -1,0 +1,62 @@
+"""The plan of a step and the packed row itself."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastpo.data import loader
+from fastpo.data.pack import bins, pack, plan, spread
+from tests import tiny
+
+
+@given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 5))
+def test_plan_holds_every_sample_once_within_budget_and_equal_on_all_ranks(lengths, ranks):
+    ranked = plan(lengths, budget=100, ranks=ranks)
+    assert sorted(i for rows in ranked for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 100 for rows in ranked for row in rows)
+    assert len({len(rows) for rows in ranked}) == 1 and len(ranked) == ranks
+
+
+def test_spread_is_longest_first_and_bins_are_first_fit_decreasing():
+    assert spread([3, 9, 4, 5], 2) == [[1], [3, 2, 0]] or spread([3, 9, 4, 5], 2) == [[1, 0], [3, 2]]
+    assert bins([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+
+
+def test_packed_row_token_by_token():
+    generator = torch.Generator().manual_seed(3)
+    a = tiny.sample("a", generator, before=2, after=1, frames=1, responses=[2, 3])
+    b = tiny.sample("b", generator, before=3, after=0, frames=0, responses=[1])
+    batch = pack([a, b], tiny.blank())
+    prompt = len(a.prompt)
+    assert batch.ids.tolist() == [*a.prompt.tolist(), *a.responses[0], *a.responses[1], *b.prompt.tolist(), *b.responses[0]]
+    want = [*range(prompt), prompt, prompt + 1, prompt, prompt + 1, prompt + 2, 0, 1, 2, 3]
+    assert batch.positions.tolist() == want
+    assert batch.tree.parent.tolist() == [-1, 0, 0, -1, 3]
+    assert batch.tree.start.tolist() == [0, prompt, prompt + 2, prompt + 5, prompt + 8, prompt + 9]
+    assert batch.at.tolist() == [prompt - 1, prompt, prompt - 1, prompt + 2, prompt + 3, prompt + 7]
+    assert batch.target.tolist() == [*a.responses[0], *a.responses[1], *b.responses[0]]
+    assert batch.segments.pairs.tolist() == [[0], [1]]
+    assert torch.equal(batch.segments.weight, torch.cat([*a.weights, *b.weights]))
+    assert batch.keys == ("a", "b")
+
+
+@pytest.mark.parametrize("texts", [0, 2])
+def test_a_row_without_media_gets_one_blank_frame_without_targets(texts):
+    generator = torch.Generator().manual_seed(4)
+    samples = [tiny.sample(str(i), generator, before=3, after=1, frames=0, responses=[2, 2]) for i in range(texts)]
+    batch = pack(samples, tiny.blank())
+    visual = batch.ids == tiny.VIDEO
+    assert int(visual.sum()) == 20 and batch.pixels.shape[0] == 1
+    assert not visual[batch.at].any() and len(batch.target) == 4 * texts
+    assert len(batch.segments.groups) == texts
+
+
+def test_steps_cover_every_epoch_once_and_need_no_state():
+    count, prompts = 10, 4
+    epoch = [loader.step_samples(count, s, prompts=prompts, seed=7) for s in range(3)]
+    assert [len(step) for step in epoch] == [4, 4, 2]
+    assert sorted(sum(epoch, [])) == list(range(count))
+    again = loader.step_samples(count, 3, prompts=prompts, seed=7)
+    assert again != epoch[0] and again == loader.step_samples(count, 3, prompts=prompts, seed=7)
+    assert loader.step_samples(count, 0, prompts=prompts, seed=8) != epoch[0]
