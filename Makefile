@@ -1,0 +1,18 @@
+.PHONY: check test demo bench wheel
+
+check:
+	ruff check
+	ruff format --check
+	pyright
+
+test:
+	pytest
+
+demo:
+	python -m fastpo.train configs/demo.yaml
+
+bench:
+	pytest bench
+
+wheel:
+	pip wheel --no-deps --wheel-dir dist .
