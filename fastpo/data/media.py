@@ -1,0 +1,202 @@
+"""Pixels from files: uniformly sampled frames as uint8, resized the way SigLIP's processor does it.
+
+PyAV reads every video's packets first (no decoding), so that a broken file is refused before a decoder sees it; decord
+decodes, and PyAV where decord cannot.
+"""
+
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+from torch import Tensor
+
+from fastpo.sample import BadSample, Media
+
+try:
+    import decord
+except ImportError:  # no wheel for this platform
+    decord = None
+else:
+    decord.logging.set_level(decord.logging.QUIET)
+
+logger = logging.getLogger(__name__)
+
+
+class Clip(NamedTuple):
+    """What a container says about its video. Time stamps are in the stream's units."""
+
+    frames: int
+    pts: list[int] | None  # [frames] in display order; None where packets carry none
+    keys: list[int]  # pts of the frames that decoding can start at, ascending
+
+
+def decode(media: Media, frames: int) -> np.ndarray:
+    """[F, h, w, 3] uint8 RGB. An image is one frame; a video gives `frames`, the k-th at index floor(k * len / frames).
+
+    Sampling as pritamqu/RRPO a905573, train_llavavideo.py:1252-1261 (force_sample); a short clip repeats frames. Raises
+    BadSample naming the file for one that is missing, empty, truncated, without video, or that does not decode.
+    """
+    assert frames > 0
+    if not media.path.is_file():
+        raise BadSample(f"{media.path}: no such file")
+    if media.path.stat().st_size == 0:
+        raise BadSample(f"{media.path}: empty file")
+    if media.kind == "image" or media.path.suffix.lower() == ".gif":
+        return _pillow(media, frames)
+    clip = read_clip(media.path)
+    wanted = uniform(clip.frames, frames)
+    if decord is None:
+        _log_once("decord is not installed, PyAV decodes all videos")
+    else:
+        try:
+            return decode_decord(media.path, clip, wanted)
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError) as error:
+            _log_once(f"{media.path}: PyAV decodes it, since decord cannot: {str(error).strip()[:200]}")
+    return decode_pyav(media.path, clip, wanted)
+
+
+def resize(frames: np.ndarray, size: int) -> Tensor:
+    """[F, h, w, 3] uint8 -> [F, 3, size, size] uint8, Pillow's bicubic, as Hugging Face's SiglipImageProcessorPil."""
+    images = [Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def uniform(count: int, frames: int) -> list[int]:
+    """Indices floor(k * count / frames)."""
+    return [k * count // frames for k in range(frames)]
+
+
+def read_clip(path: Path) -> Clip:
+    """Counts the frames that will be shown (an edit list may hide some), from packets alone.
+
+    Raises BadSample for a file that is no video, has no frame, or ends early: a packet is cut, or the last one ends
+    more than two frames and 2 % before the duration that the container declares.
+    """
+    shown, keys, end = [], [], 0.0
+    with _opened(path) as (container, stream):
+        for packet in container.demux():
+            if packet.size == 0:
+                continue
+            if packet.is_corrupt:
+                raise BadSample(f"{path}: truncated, a packet at {end:.1f} s is cut")
+            if packet.pts is not None and packet.time_base:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index != stream.index:
+                continue
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append(packet.pts)
+            if not packet.is_discard:
+                shown.append(packet.pts)
+        declared = ((container.duration or 0) + min(container.start_time or 0, 0)) / av.time_base
+    if not shown:
+        raise BadSample(f"{path}: no frames")
+    if declared - end > max(2 * end / len(shown), 0.02 * declared):
+        raise BadSample(
+            f"{path}: truncated, the container declares {declared:.1f} s and its packets end at {end:.1f} s"
+        )
+    known = [pts for pts in shown if pts is not None]
+    pts = sorted(known) if len(set(known)) == len(shown) else None
+    return Clip(len(shown), pts, sorted(keys))
+
+
+def decode_decord(path: Path, clip: Clip, wanted: list[int]) -> np.ndarray:
+    """[F, h, w, 3] uint8 of the wanted frames, in one thread: the loader's workers run side by side.
+
+    Raises ValueError where decord's frames are not the clip's: decord 0.6 also counts frames that an edit list hides,
+    and repeats the last frame at the end instead.
+    """
+    assert decord is not None
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+    if len(reader) != clip.frames:
+        raise ValueError(f"it counts {len(reader)} frames where {clip.frames} are shown")
+    return reader.get_batch(wanted).asnumpy()
+
+
+def decode_pyav(path: Path, clip: Clip, wanted: list[int]) -> np.ndarray:
+    """[F, h, w, 3] uint8 of the wanted frames, from the nearest frames that decoding can start at. Raises BadSample."""
+    found: dict[int, np.ndarray] = {}
+    place: dict[int | None, int] = {pts: i for i, pts in enumerate(clip.pts or ())}
+
+    def start(i: int) -> int:
+        return bisect_right(clip.keys, clip.pts[i]) - 1 if clip.pts else -1
+
+    with _opened(path) as (container, stream):
+        stream.codec_context.thread_count = 1
+        for key, run in groupby(sorted(set(wanted)), start):
+            missing = set(run)
+            if key >= 0:
+                container.seek(clip.keys[key], stream=stream)
+            for n, frame in enumerate(container.decode(stream)):
+                i = n if clip.pts is None else place.get(frame.pts, -1)
+                if i in missing:
+                    missing.remove(i)
+                    found[i] = _rgb(frame)
+                if not missing:
+                    break
+    if lost := set(wanted) - found.keys():
+        if clip.keys:  # a seek may land behind its target, but not the start
+            return decode_pyav(path, clip._replace(keys=[]), wanted)
+        raise BadSample(f"{path}: frame {min(lost)} of {clip.frames} does not decode")
+    return np.stack([found[i] for i in wanted])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its main video stream; what FFmpeg finds wrong meanwhile is a BadSample."""
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if not isinstance(stream, VideoStream):
+                raise BadSample(f"{path}: no video stream")
+            if not stream.codec_context:
+                raise BadSample(f"{path}: no decoder for its video stream")
+            yield container, stream
+    except FFmpegError as error:
+        raise BadSample(f"{path}: not a readable video: {error.strerror}") from error
+
+
+def _rgb(frame: VideoFrame) -> np.ndarray:
+    """[h, w, 3], turned upright."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _pillow(media: Media, frames: int) -> np.ndarray:
+    try:
+        with Image.open(media.path) as image:
+            count = getattr(image, "n_frames", 1) if media.kind == "video" else 1
+            wanted = uniform(count, frames if media.kind == "video" else 1)
+            found = {}
+            for i in sorted({*wanted, count - 1}):  # the last one too: that is where a cut gif shows
+                image.seek(i)
+                found[i] = _rgb_image(image)
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, EOFError, struct.error, ...
+        raise BadSample(f"{media.path}: not a readable image: {error}") from error
+    return np.stack([found[i] for i in wanted])
+
+
+def _rgb_image(image: Image.Image) -> np.ndarray:
+    """[h, w, 3] uint8, as LLaVA's `.convert("RGB")`: alpha dropped, EXIF orientation ignored. 16-bit grey, which Pillow
+    would clip at 255, keeps its high byte, as Pillow does with 16-bit colour."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixel mode {image.mode} has no known range")
+    return np.asarray(image.convert("RGB"))
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
