@@ -102,6 +102,8 @@ class Log:
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         now, trained = time.monotonic(), "loss" in values
         done = step - self._first
+        if done == 0:
+            self._start = now  # the evaluation before the first step is not part of a step
         eta = (now - self._start) / done * (self._total - step) if trained and done > 0 else None
         text = line(step, self._total, values, eta)
         if self._bar and trained:

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def test_without_a_terminal_lines_are_rare(tmp_path, every, steps):
     said = console.file.getvalue().splitlines()
     assert said[0] == "step 0/4  eval/accuracy 0.5"
     assert [text.split("  ")[:2] for text in said[1:]] == [[f"step {s}/4", "loss 1"] for s in steps]
+
+
+def test_time_left_counts_from_the_evaluation_before_the_first_step(tmp_path, monkeypatch):
+    clock = iter([100.0, 160.0, 164.0])
+    monkeypatch.setattr("fastpo.metrics.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    console = terminal(force_terminal=False)
+    with Log(tmp_path, 4, tensorboard=False, console=console, resume_step=1) as log:
+        log.write(1, {"eval/accuracy": 0.5})
+        log.write(2, {"loss": 1.0})
+    assert console.file.getvalue().splitlines()[1] == "step 2/4  loss 1  ETA 0:00:08"
 
 
 def test_on_a_terminal_the_line_is_rewritten(tmp_path):
