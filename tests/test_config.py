@@ -129,7 +129,7 @@ def test_overrides_are_yaml_and_the_last_wins(file):
 
 
 def test_overrides_make_the_sections_they_need(file):
-    run = load(file, ["data.eval.name=rrpo", "data.eval.path=test.json", "model.lora.r=4"])
+    run = load(file, ["data.eval.name=rrpo", "data.eval.path=test.json", "model.lora=null", "model.lora.r=4"])
     assert run.data.eval is not None and run.data.eval.path == "test.json"
     assert run.model.lora is not None and run.model.lora.r == 4
 
