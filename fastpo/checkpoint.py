@@ -17,7 +17,13 @@ from fastpo.config import Run
 from fastpo.engine import Engine
 from fastpo.models.files import copy_side_files
 
-HARMLESS = ("save_every", "log", "data.workers", "data.synthetic", "out")  # keys that may differ on resume: no number depends on them
+HARMLESS = (
+    "save_every",
+    "log",
+    "data.workers",
+    "data.synthetic",
+    "out",
+)  # keys that may differ on resume: no number depends on them
 
 
 def save(engine: Engine, run: Run, step: int) -> Path:
@@ -51,7 +57,8 @@ def latest(run: Run) -> Path | None:
     changed = _differences(state["run"], run.model_dump(mode="json"))
     if changed:
         raise ValueError(
-            f"out: {run.out} holds checkpoints of another configuration (differs in {', '.join(changed)}); use another `out`"
+            f"out: {run.out} holds checkpoints of another configuration (differs in {', '.join(changed)}); "
+            "use another `out`"
         )
     if state["ranks"] != dist.get_world_size():
         raise ValueError(f"{found[-1]} was written by {state['ranks']} ranks, this run has {dist.get_world_size()}")
@@ -78,7 +85,9 @@ def export(engine: Engine, run: Run, folder: Path) -> Path:
         if rest:  # trained projector, vision tower or head beside the adapter
             from safetensors.torch import save_file
 
-            save_file({k.removeprefix("base_model.model."): v for k, v in rest.items()}, target / "trained_parts.safetensors")
+            save_file(
+                {k.removeprefix("base_model.model."): v for k, v in rest.items()}, target / "trained_parts.safetensors"
+            )
     else:
         model.save_pretrained(target, state_dict=state)
     copy_side_files(Path(run.model.path), target)

@@ -44,7 +44,7 @@ class Source(Plugin):
 
 class Lora(Section):
     r: Count = 128
-    alpha: Positive = 256
+    alpha: Count = 256
     dropout: Fraction = 0.0
     target: str = "language"  # every Linear of the language model, or a regular expression over module names
 
@@ -140,6 +140,8 @@ class Run(Section):
             if trained:
                 drift = f"would let the reference drift with model.{trained[0]}: true"
                 raise ValueError(f"reference.mode: adapter_off {drift}; use copy or cache")
+        if self.engine.zero == 0 and model.dtype == "bfloat16":
+            raise ValueError("engine.zero: 0 keeps no fp32 master weights for bfloat16; use 1, 2 or 3")
         if model.lora is not None and not model.train_language:
             raise ValueError("model.lora adapts the language model, but model.train_language is false")
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):

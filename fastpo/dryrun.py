@@ -1,6 +1,7 @@
 """`--dry-run`: the resolved configuration, what the data set packs to, and an estimate of memory. Loads no weights."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,24 +31,27 @@ def report(run: Run) -> None:
     rows = [row for step in plans for rank in step for row in rank if row]
     lengths = [e.tokens for e in table.encoded]
     filled = [sum(lengths[n] for n in row) for row in rows]
-    separate = sum(len(r) + len(table.encoded[n].prompt) for step in chosen for n in step for r in table.encoded[n].responses)
+    separate = sum(
+        len(r) + len(table.encoded[n].prompt) for step in chosen for n in step for r in table.encoded[n].responses
+    )
 
     Console().print(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), highlight=False, markup=False)
+    facts = {
+        "samples": f"{len(table):,} ({len(table.skipped):,} skipped)",
+        "optimizer steps": f"{total:,} on {ranks} ranks",
+        "tokens per sample, mean": f"{sum(lengths) / len(lengths):,.0f}",
+        "tokens per sample, smallest and largest": f"{min(lengths):,} and {max(lengths):,}",
+        "micro-batches per step and rank, mean": f"{sum(len(step[0]) for step in plans) / steps:.2f}",
+        "packing efficiency, tokens / batch.tokens": f"{sum(filled) / (len(filled) * run.batch.tokens):.1%}",
+        "tokens saved by sharing prompts": f"{1 - sum(filled) / separate:.1%} of {separate:,}",
+    }
+    metrics.table("data", [{"what": what, "number": number} for what, number in facts.items()])
     metrics.table(
-        "data",
-        [
-            {"what": "samples", "number": f"{len(table):,} ({len(table.skipped):,} skipped)"},
-            {"what": "optimizer steps", "number": f"{total:,} on {ranks} ranks"},
-            {"what": "tokens per sample, smallest / mean / largest", "number": f"{min(lengths):,} / {sum(lengths) / len(lengths):,.0f} / {max(lengths):,}"},
-            {"what": "micro-batches per step and rank, mean", "number": f"{sum(len(step[0]) for step in plans) / steps:.2f}"},
-            {"what": "packing efficiency (tokens / batch.tokens, one epoch)", "number": f"{sum(filled) / (len(filled) * run.batch.tokens):.1%}"},
-            {"what": "tokens saved by sharing prompts", "number": f"{1 - sum(filled) / separate:.1%} of {separate:,}"},
-        ],
-    )  # fmt: skip
-    metrics.table("memory per rank, estimated", [{"what": k, "GiB": v / GIB} for k, v in memory(run, max(filled), ranks).items()])
+        "memory per rank, estimated", [{"what": k, "GiB": v / GIB} for k, v in memory(run, max(filled), ranks).items()]
+    )
 
 
-def memory(run: Run, tokens: int, ranks: int) -> dict[str, float]:
+def memory(run: Run, tokens: int, ranks: int) -> Mapping[str, float]:
     """Bytes per rank by part, for a packed row of `tokens`, from shapes alone (the model is built without storage)."""
     config = AutoConfig.from_pretrained(Path(run.model.path))
     with torch.device("meta"):

@@ -1,12 +1,14 @@
 """DeepSpeed behind a few verbs: the only file that imports it.
 
-Facts it rests on (DeepSpeed 0.19.8): the gradient is averaged over ranks, so the loss is multiplied by their number; the norm is clipped
-at 1.0 where `gradient_clipping` is absent, so the key is always written; dataclasses hide tensors from ZeRO-3's hooks, tuples do not.
+Facts it rests on (DeepSpeed 0.19.8): the gradient is averaged over ranks, so the loss is multiplied by their number; it
+is clipped at 1.0 where `gradient_clipping` is absent, so the key is always written; dataclasses hide tensors from
+the hooks of ZeRO-3, tuples do not.
 """
 
 import logging
 import os
 import socket
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +26,9 @@ from fastpo.models.trainable import groups
 from fastpo.sample import MicroBatch
 from fastpo_kernels import TokenStats
 
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# names that the installed torch and transformers are about to change, used by DeepSpeed and peft
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.modeling_utils")
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about a machine without GPU
 import deepspeed  # noqa: E402  (its logger reads the level when imported)
 
 
@@ -42,6 +46,9 @@ def init_distributed() -> tuple[int, int, str]:
     if device != "cpu":
         torch.cuda.set_device(local)
     if not dist.is_initialized():
+        if device == "cpu":
+            # else it compiles a shared-memory all-reduce for inference, unused here: needs a C++ compiler and 30-60 s
+            deepspeed.ops.__dict__["__compatible_ops__"] = {}
         backend = "gloo" if device == "cpu" else "nccl"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=60))
     return dist.get_rank(), dist.get_world_size(), device
@@ -49,7 +56,11 @@ def init_distributed() -> tuple[int, int, str]:
 
 def ds_config(run: Run) -> dict[str, Any]:
     """The DeepSpeed configuration that follows from the run's own keys."""
-    zero: dict[str, Any] = {"stage": run.engine.zero, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()}
+    zero: dict[str, Any] = {
+        "stage": run.engine.zero,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+    }
     if run.engine.zero == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if run.engine.offload != "none":
@@ -76,7 +87,7 @@ def sharded_loading(run: Run) -> object:
     """While the returned object lives, from_pretrained loads straight into ZeRO-3 shards."""
     if run.engine.zero < 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config(run))
 
@@ -90,17 +101,22 @@ class Engine:
             for parameter in policy.external_parameters():
                 deepspeed.zero.register_external_parameter(policy, parameter)
         optimizer = torch.optim.AdamW(
-            groups(policy.model, policy.family.parts, run.optim), betas=run.optim.betas, weight_decay=run.optim.weight_decay
+            groups(policy.model, policy.family.parts, run.optim),
+            betas=run.optim.betas,
+            weight_decay=run.optim.weight_decay,
         )
         scheduler = LambdaLR(optimizer, lambda step: schedule_factor(run.optim, step, total_steps))
         self.ds, *_ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config(run)
+            model=policy,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,  # pyright: ignore[reportArgumentType]
+            config=ds_config(run),
         )
-        self.device = self.ds.device
+        self.device: torch.device = self.ds.device  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def policy(self) -> Policy:
-        return self.ds.module
+        return self.ds.module  # pyright: ignore[reportReturnType]
 
     def stats(self, batch: MicroBatch) -> TokenStats:
         return self.ds(batch)
@@ -117,10 +133,13 @@ class Engine:
 
     def step(self) -> dict[str, float]:
         """Clips, updates and returns the learning rate that was used and the gradient norm before clipping."""
-        lr = self.ds.get_lr()[0]
+        lr, norm = self.ds.get_lr()[0], None
+        if self.run.engine.zero == 0:  # DeepSpeed tells no norm there; .grad is already averaged
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         self.ds.step()
-        norm = self.ds.get_global_grad_norm()
-        return {"lr": lr, "grad_norm": float(norm) if norm is not None else float("nan")}
+        norm = self.ds.get_global_grad_norm() if norm is None else norm
+        assert norm is not None
+        return {"lr": lr, "grad_norm": float(norm)}
 
     def train(self, mode: bool = True) -> None:
         self.ds.train(mode)
@@ -143,6 +162,7 @@ class Engine:
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what `save` wrote. Raises ValueError where it was written by another number of ranks."""
+        """Restores what `save` wrote, on the same number of ranks. Returns the client state."""
         _, state = self.ds.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        assert state is not None, f"{folder} holds no engine state"
         return state

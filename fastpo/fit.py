@@ -35,12 +35,12 @@ Attach = Callable[[MicroBatch], MicroBatch]
 
 
 def fit(run: Run) -> Path:
-    """Trains from scratch or from the newest checkpoint in `out`; returns the last one. On SIGTERM it saves and exits with 0.
+    """Trains from scratch or from the newest checkpoint in `out`; returns the last one.
 
-    Raises ValueError for bad input, FloatingPointError where the loss is not finite.
+    On SIGTERM it saves and exits with 0. Raises ValueError for bad input, FloatingPointError for a non-finite loss.
     """
     rank, ranks, device = init_distributed()
-    objective = resolve(losses.LOSSES, run.loss)
+    objective = resolve(losses.LOSSES, run.loss, key="loss")
     feed = make_feed(run, rank, ranks)
     table = feed.read(run.data.train, best_only=run.loss.name == "sft")
     held_out = feed.read(run.data.eval) if run.data.eval else None
@@ -81,13 +81,13 @@ def fit(run: Run) -> Path:
             took = time.monotonic() - begin
             log.write(step, meter.reduce() | numbers | {"tokens_per_s": seen / took})
             tokens, seconds = tokens + seen, seconds + took
-            if stopped or step % run.save_every == 0 or step == total:
-                folder = checkpoint.save(engine, run, step)
             if stopped:
-                _say(rank, f"stopped by SIGTERM after step {step}; saved in {folder}")
+                _say(rank, f"stopped by SIGTERM after step {step}; saved in {checkpoint.save(engine, run, step)}")
                 sys.exit(0)
             if step == total or (run.log.eval_every and step % run.log.eval_every == 0):
-                evaluate(step)
+                evaluate(step)  # before saving: a run killed in between evaluates again
+            if step == total or step % run.save_every == 0:
+                checkpoint.save(engine, run, step)
             begin = time.monotonic()
     folder = checkpoint.latest(run)
     assert folder is not None
@@ -125,17 +125,25 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
     if run.reference.mode == "none" and "kl" in stats:
         raise ValueError(f"reference.mode: none, but the loss {run.loss.name} needs a reference")
     if run.reference.mode == "cache" and "kl" in stats and run.model.train_head:
-        raise ValueError("reference.mode: cache keeps hidden states, not the head; use copy with model.train_head: true")
-    torch.manual_seed(run.seed)
+        raise ValueError(
+            "reference.mode: cache keeps hidden states, not the head; use copy with model.train_head: true"
+        )
     family = FAMILIES[run.model.family]
     alive = sharded_loading(run)  # transformers holds only a weak reference
     model = family.load(run.model)
     trainable.apply_liger(model.model.language_model, run.model, device)
+    torch.manual_seed(run.seed)  # adapters start the same on every rank and ZeRO stage, whatever loading drew
     model = trainable.prepare(model, family.parts, run.model)
     copy = family.load(run.model) if run.reference.mode == "copy" and "ref_logp" in stats else None
     del alive
     return Policy(
-        model, family, family.processor(run.model), mode=run.reference.mode, stats=stats, reference=copy, backend=run.backend
+        model,
+        family,
+        family.processor(run.model),
+        mode=run.reference.mode,
+        stats=stats,
+        reference=copy,
+        backend=run.backend,
     )
 
 
@@ -145,7 +153,7 @@ def total_steps(run: Run, count: int) -> int:
 
 
 def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) -> Attach:
-    """Fills the cache with what is not in it yet; returns what puts it into a micro-batch. The model is still untrained."""
+    """Fills the cache from the untrained model; returns what puts it into a micro-batch."""
     policy = engine.policy
     if policy.mode != "cache":
         return lambda batch: batch
@@ -195,7 +203,11 @@ def _summary(run: Run, folder: Path, tokens_per_s: float | None, device: str) ->
     if len(evals) > 1:
         names = ("accuracy", "margin", "loss")
         held_out = [
-            {"held-out": name, f"step {evals[0]['step']}": evals[0].get(f"eval/{name}"), f"step {evals[-1]['step']}": evals[-1].get(f"eval/{name}")}
+            {
+                "held-out": name,
+                f"step {evals[0]['step']}": evals[0].get(f"eval/{name}"),
+                f"step {evals[-1]['step']}": evals[-1].get(f"eval/{name}"),
+            }
             for name in names
             if f"eval/{name}" in evals[0]
         ]

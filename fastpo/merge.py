@@ -1,4 +1,4 @@
-"""`python -m fastpo.merge ADAPTER OUT`: writes the base model with a trained adapter merged in, as a plain Hugging Face folder."""
+"""`python -m fastpo.merge ADAPTER OUT`: the base model with an adapter merged in, as a plain Hugging Face folder."""
 
 import argparse
 import json

@@ -1,7 +1,8 @@
 """The reference cache: what the loss needs of the frozen model, per sample, on disk.
 
-One safetensors file per sample: `logp` [n] float32 of its supervised tokens and, for losses with a KL, `hidden` [m, H] of the better
-responses' tokens. The folder is bound to one model and one way of encoding by fingerprint.json; a file is bound to its sample by name.
+One safetensors file per sample: `logp` [n] float32 of its supervised tokens and, for losses with a KL, `hidden` [m, H]
+of the better responses' tokens. The folder is bound to one model and one way of encoding by fingerprint.json, a file to
+its sample by its name.
 """
 
 import hashlib
@@ -61,7 +62,9 @@ def sample_name(sample: Sample, encoded: Encoded) -> str:
     return digest.hexdigest()[:32] + ".safetensors"
 
 
-def store(folder: Path, names: Mapping[str, str], batch: MicroBatch, logp: torch.Tensor, hidden: torch.Tensor | None) -> None:
+def store(
+    folder: Path, names: Mapping[str, str], batch: MicroBatch, logp: torch.Tensor, hidden: torch.Tensor | None
+) -> None:
     """Writes one file per sample of the batch. logp: [N]; hidden: [N, H] or None."""
     owner = batch.segments.prompt[batch.segments.owner].cpu()
     better = batch.segments.better.cpu()
@@ -75,7 +78,7 @@ def store(folder: Path, names: Mapping[str, str], batch: MicroBatch, logp: torch
 
 
 def attach(folder: Path, names: Mapping[str, str], batch: MicroBatch) -> MicroBatch:
-    """The batch with ref_logp [N] and, where cached, ref_hidden [N, H]. Raises ValueError where a sample is not in the cache."""
+    """The batch with ref_logp [N] and, where cached, ref_hidden [N, H]. Raises ValueError for a sample not cached."""
     files = []
     for key in batch.keys:
         path = folder / names[key]

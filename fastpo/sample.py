@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-
 from torch import Tensor
 
 from fastpo_kernels import Segments, Tree

@@ -10,10 +10,12 @@ from fastpo.sample import MicroBatch
 from fastpo_kernels import LossOut, Segments, losses
 
 
-def train_step(engine: Engine, window: list[MicroBatch], objective: Callable[..., LossOut], meter: Meter) -> dict[str, float]:
+def train_step(
+    engine: Engine, window: list[MicroBatch], objective: Callable[..., LossOut], meter: Meter
+) -> dict[str, float]:
     """Forward and backward of every micro-batch, then one update.
 
-    Units are counted over all ranks before the first backward and divided by once, so that the result does not depend on how
+    Units are counted over all ranks before the first backward and divided by once: the result does not depend on how
     the samples were split. Raises FloatingPointError before the update where a loss is not finite, naming the samples.
     """
     totals = _totals(engine, window)
@@ -26,12 +28,16 @@ def train_step(engine: Engine, window: list[MicroBatch], objective: Callable[...
         engine.backward(loss, last=i == len(window) - 1)
     bad = [key for batch, ok in zip(window, torch.stack(finite).tolist(), strict=True) if not ok for key in batch.keys]
     if engine.all_sum([float(len(bad))])[0]:
-        raise FloatingPointError(f"the loss is not finite; samples in its micro-batch: {', '.join(bad) or '(on another rank)'}")
+        raise FloatingPointError(
+            f"the loss is not finite; samples in its micro-batch: {', '.join(bad) or '(on another rank)'}"
+        )
     return engine.step()
 
 
 @torch.no_grad()
-def eval_pass(engine: Engine, windows: Iterable[list[MicroBatch]], objective: Callable[..., LossOut], meter: Meter) -> dict[str, float]:
+def eval_pass(
+    engine: Engine, windows: Iterable[list[MicroBatch]], objective: Callable[..., LossOut], meter: Meter
+) -> dict[str, float]:
     """Means of loss and metrics over a data set."""
     engine.train(False)
     for window in windows:

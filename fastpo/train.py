@@ -1,7 +1,7 @@
 """`python -m fastpo.train CONFIG [key.path=value ...] [--dry-run]`: trains what a YAML file describes.
 
-Under `torchrun --nproc-per-node N -m fastpo.train ...` or `deepspeed --module fastpo.train ...` on N ranks. The same command
-continues a run that was killed.
+Under `torchrun --nproc-per-node N -m fastpo.train ...` or `deepspeed --module fastpo.train ...` on N ranks. The same
+command continues a run that was killed.
 """
 
 import argparse
@@ -15,8 +15,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpo.train", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run, its tokens and memory; train nothing")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run, its tokens and memory; train nothing"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # given by the deepspeed launcher
     args = parser.parse_intermixed_args(argv)
     try:
         run = load(args.config, args.overrides)  # before torch is imported: a typing error costs a second

@@ -12,15 +12,15 @@ VIDEO, IMAGE, VOCABULARY, SIZE, PATCH = 501, 500, 512, 28, 4  # 7 x 7 patches, p
 
 
 def model(*, packed: bool, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
-    """A LLaVA-Video-type model; packed: with tree attention, else the plain one with sdpa. Equal weights for equal seeds."""
+    """A LLaVA-Video-type model; packed: with tree attention, else the plain one. Equal weights for equal seeds."""
     torch.manual_seed(seed)
     text = dict(
         model_type="qwen2", vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
     sight = dict(
-        model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        image_size=SIZE, patch_size=PATCH, vision_use_head=False,
+        model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, image_size=SIZE, patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     config = LlavaOnevisionConfig(
         vision_config=sight, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
@@ -46,7 +46,9 @@ def processor(pooling: str = "bilinear") -> SimpleNamespace:
     )  # fmt: skip
 
 
-def sample(key: str, generator: torch.Generator, *, before: int, after: int, frames: int, responses: list[int]) -> Encoded:
+def sample(
+    key: str, generator: torch.Generator, *, before: int, after: int, frames: int, responses: list[int]
+) -> Encoded:
     """Random text around one video of `frames` random frames (0: text only), and responses of these lengths."""
 
     def text(n: int) -> torch.Tensor:
@@ -60,7 +62,9 @@ def sample(key: str, generator: torch.Generator, *, before: int, after: int, fra
         weights=tuple((torch.rand(n, generator=generator) < 0.5).float() for n in responses),
         scores=tuple(float(-i) for i in range(len(responses))),
         frames=frames,
-        pixels=torch.randint(0, 256, (frames, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8) if frames else None,
+        pixels=torch.randint(0, 256, (frames, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        if frames
+        else None,
     )
 
 

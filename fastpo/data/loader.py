@@ -6,7 +6,6 @@ Which samples a step holds follows from (seed, epoch, step) alone, so that a res
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -71,7 +70,7 @@ class Feed:
         """For each step (sample indices of all ranks together) this rank's micro-batches, as many on every rank."""
         plans = [self.plan(table, chosen)[self.rank] for chosen in steps]
         source = _Rows(table=table, rows=[row for rows in plans for row in rows], feed=self)
-        loader = iter(DataLoader(source, batch_size=None, num_workers=self.data.workers, collate_fn=_same))
+        loader = iter(DataLoader(source, batch_size=None, num_workers=self.data.workers, collate_fn=_same))  # pyright: ignore[reportArgumentType]
         for rows in plans:
             window = [next(loader) for _ in rows]
             for batch in window:
@@ -100,7 +99,7 @@ def in_order(count: int, prompts: int) -> list[list[int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows(Dataset):
-    """Micro-batch i of this rank, decoded and packed in a worker; a BadSample is returned, so that it crosses unwrapped."""
+    """Micro-batch i of this rank, decoded and packed in a worker. BadSamples are returned, not raised: DataLoader wraps those."""
 
     table: Table
     rows: list[list[int]]

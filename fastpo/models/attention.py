@@ -1,7 +1,7 @@
 """Tree attention behind transformers' attention interface.
 
 A registered name without a mask function makes transformers build no L x L mask. The tree travels as a keyword argument
-through every layer, so that the recomputation of gradient checkpointing, which runs in another thread on CUDA, sees it too.
+through every layer, so that the recomputation of gradient checkpointing, in another thread on CUDA, sees it too.
 """
 
 from typing import Any
@@ -30,7 +30,9 @@ def _attention(backend: str):
     ) -> tuple[Tensor, None]:
         assert attention_mask is None and query.shape[0] == 1 and not dropout
         if sliding_window is not None:
-            raise ValueError("sliding-window attention is not supported in packed rows: set use_sliding_window to false")
+            raise ValueError(
+                "sliding-window attention is not supported in packed rows: set use_sliding_window to false"
+            )
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return tree_attention(q, k, v, tree, scale=scaling, backend=backend)[None], None
 

@@ -1,21 +1,26 @@
-"""LLaVA-Video: SigLIP, a projector and Qwen2, in transformers' LlavaOnevision module tree with LLaVA-Video's frame tokens.
+"""LLaVA-Video: SigLIP, a projector and Qwen2, in transformers' LlavaOnevision modules with LLaVA-Video's frame tokens.
 
-Per frame the g x g patch grid is pooled 2 x 2 and `image_newline` follows every row of the pooled grid ("grid" newlines), where
-LlavaOnevision has one newline per video. Facts: pritamqu/RRPO a905573, llava/model/llava_arch.py get_2dPool, add_token_per_grid.
+Per frame the g x g patch grid is pooled 2 x 2 and `image_newline` follows every pooled row, where LlavaOnevision has
+one newline per video. Facts: pritamqu/RRPO a905573, llava/model/llava_arch.py get_2dPool, add_token_per_grid.
 """
 
-import inspect
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import output_capturing
 
@@ -35,7 +40,7 @@ parts = MappingProxyType(
 )
 external = ("model.image_newline",)
 
-# transformers 5.23 keeps only the hidden state that is asked for; before, all layers' (0.7 GB for 16 frames of SigLIP-so400m)
+# transformers 5.23 keeps only the hidden state asked for; before, all layers' (0.7 GB for 16 frames of SigLIP-so400m)
 CAPTURES_ONE = hasattr(output_capturing, "select_hidden_states")
 
 
@@ -58,7 +63,7 @@ class Processor:
 
 
 def processor(cfg: Model) -> Processor:
-    """Reads tokenizer, chat template and preprocessor_config.json. Raises ValueError where the folder lacks something."""
+    """Reads tokenizer, chat template and image settings. Raises ValueError where the folder lacks something."""
     folder = _folder(cfg)
     config = AutoConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -80,7 +85,7 @@ def processor(cfg: Model) -> Processor:
     )
 
 
-def load(cfg: Model) -> nn.Module:
+def load(cfg: Model) -> PreTrainedModel:
     """The LlavaOnevision model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
     return AutoModelForImageTextToText.from_pretrained(
         _folder(cfg),
@@ -95,7 +100,7 @@ def encode(p: Processor, sample: Sample, frames: int) -> Encoded:
         raise BadSample(f"{sample.key}: family llava_video takes videos, not images")
     messages = [{"role": "user", "content": sample.question.replace("<video>", p.video_token)}]
     text = p.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = torch.tensor(p.tokenizer(text, add_special_tokens=False).input_ids)
+    ids = torch.tensor(p.tokenizer(str(text), add_special_tokens=False).input_ids)
     is_video = ids == p.video_token_id
     if int(is_video.sum()) != len(sample.media):
         raise BadSample(f"{sample.key}: {int(is_video.sum())} video placeholders for {len(sample.media)} videos")
@@ -133,8 +138,8 @@ def blank(p: Processor) -> Encoded:
     )
 
 
-def vision(model: nn.Module, p: Processor, pixels: Tensor) -> Tensor:
-    """[F, 3, size, size] uint8 -> [F * tokens_per_frame, H]: tower, projector, 2 x 2 pooling, a newline after every row."""
+def vision(model: Any, p: Processor, pixels: Tensor) -> Tensor:
+    """[F, 3, size, size] uint8 -> [F * tokens_per_frame, H]: tower, projector, pooling, a newline after every row."""
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     dtype = model.model.image_newline.dtype
     x = ((pixels.float() / 255 - pixels.new_tensor(p.mean, dtype=torch.float32)[:, None, None])
@@ -161,7 +166,7 @@ def grid_tokens(features: Tensor, newline: Tensor, *, pooling: str) -> Tensor:
     return rows.reshape(-1, width)
 
 
-def hidden(model: nn.Module, ids: Tensor, positions: Tensor, features: Tensor, tree: Tree) -> Tensor:
+def hidden(model: Any, ids: Tensor, positions: Tensor, features: Tensor, tree: Tree) -> Tensor:
     """ids, positions [T]; features [visual tokens, H] in row order -> last hidden states [T, H], head not applied."""
     return model.model(
         input_ids=ids[None],
@@ -176,7 +181,9 @@ def _weights(p: Processor, sample: Sample) -> tuple[Tensor, ...] | None:
     if any(response.tagged is None for response in sample.responses):
         return None
     try:
-        masks = [phrases.phrase_mask(p.tagger, r.text, r.tagged, p.end) for r in sample.responses if r.tagged is not None]
+        masks = [
+            phrases.phrase_mask(p.tagger, r.text, r.tagged, p.end) for r in sample.responses if r.tagged is not None
+        ]
     except BadSample as error:
         raise BadSample(f"{sample.key}: {error}") from None
     return tuple(torch.tensor([float(sign > 0) for sign in mask]) for mask in masks)
@@ -188,10 +195,13 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _folder(cfg: Model) -> Path:
-    folder, howto = Path(cfg.path), (
-        "Download a LLaVA-Video checkpoint, for example `hf download lmms-lab/LLaVA-Video-7B-Qwen2 --local-dir weights/original`, "
-        "bring it into transformers' llava_onevision layout, put that folder (config.json, *.safetensors, tokenizer.json, "
-        "preprocessor_config.json) somewhere and point model.path at it."
+    folder, howto = (
+        Path(cfg.path),
+        (
+            "Download a LLaVA-Video checkpoint, for example with `hf download lmms-lab/LLaVA-Video-7B-Qwen2 "
+            "--local-dir weights/original`, bring it into transformers' llava_onevision layout and point model.path at "
+            "that folder (config.json, *.safetensors, tokenizer.json, preprocessor_config.json)."
+        ),
     )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path: {folder} is not a model folder (no config.json). {howto}")

@@ -22,16 +22,18 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         family: Family,
         processor: Any,
         *,
         mode: str,
         stats: frozenset[str],
-        reference: nn.Module | None = None,
+        reference: Any = None,
         backend: str = "auto",
     ):
         super().__init__()
+        self.model: Any
+        self.reference: Any
         assert (mode == "copy") == (reference is not None)
         self.model = model
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
@@ -51,7 +53,7 @@ class Policy(nn.Module):
         return [model.get_parameter(path) for model in models for path in self.family.external]
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         """The Hugging Face model without peft's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
@@ -62,7 +64,7 @@ class Policy(nn.Module):
         return self
 
     def forward(self, batch: MicroBatch, *, record: bool = False) -> TokenStats | tuple[Tensor, Tensor]:
-        """Statistics of the supervised tokens; with record, the model's own (logp [N], hidden [N, H]) for the reference cache."""
+        """Statistics of the supervised tokens; with record, (logp [N], hidden [N, H]) for the reference cache."""
         with nullcontext() if self.train_features else torch.no_grad():
             features = self.family.vision(self.core, self.processor, batch.pixels)
         ref_hidden = None if record else self._reference_hidden(batch, features)
@@ -72,7 +74,7 @@ class Policy(nn.Module):
         stats = self.head(hidden, batch.target, ref_hidden, batch.segments.better if self.wants_kl else None)
         return stats if batch.ref_logp is None else stats._replace(ref_logp=batch.ref_logp)
 
-    def _hidden(self, model: nn.Module, batch: MicroBatch, features: Tensor) -> Tensor:
+    def _hidden(self, model: Any, batch: MicroBatch, features: Tensor) -> Tensor:
         return self.family.hidden(model, batch.ids, batch.positions, features, batch.tree)[batch.at]
 
     @torch.no_grad()
@@ -87,4 +89,3 @@ class Policy(nn.Module):
             return self._hidden(self.reference, batch, features)
         with self.model.disable_adapter():
             return self._hidden(self.core, batch, features)
-

@@ -2,23 +2,31 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import nn
 
 from fastpo.config import Lora, Model, Optim
 
 
-def prepare(model: nn.Module, parts: Mapping[str, tuple[str, ...]], cfg: Model) -> nn.Module:
-    """Freezes and unfreezes the parts as cfg says, adds adapters, turns gradient checkpointing on. Returns the (peft) model."""
+def prepare(model: Any, parts: Mapping[str, tuple[str, ...]], cfg: Model) -> Any:
+    """Freezes the parts as cfg says, adds adapters, turns gradient checkpointing on. Returns the (peft) model."""
     wanted = {part: getattr(cfg, f"train_{part}") for part in parts}
     if cfg.lora is not None:
         wanted["language"] = False  # only its adapters
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[part_of(name, parts)])
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model if cfg.lora is None else _add_adapters(model, parts, cfg.lora)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recomputes each decoder layer in backward. Non-reentrant, so that frozen inputs need no gradient."""
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def part_of(name: str, parts: Mapping[str, tuple[str, ...]]) -> str:
@@ -39,8 +47,8 @@ def groups(model: nn.Module, parts: Mapping[str, tuple[str, ...]], optim: Optim)
     return [{"params": p, "lr": rates.get(part) or optim.lr, "name": part} for part, p in found.items()]
 
 
-def apply_liger(language_model: nn.Module, cfg: Model, device: str) -> None:
-    """liger-kernel's norms, rotary and MLP in the language body, on CUDA. Raises ValueError when asked for elsewhere."""
+def apply_liger(language_model: Any, cfg: Model, device: str) -> None:
+    """liger-kernel's norms, rotary and MLP in the language body on CUDA. Raises ValueError if asked for elsewhere."""
     if cfg.liger == "off" or (cfg.liger == "auto" and device == "cpu"):
         return
     if device == "cpu":
@@ -48,11 +56,16 @@ def apply_liger(language_model: nn.Module, cfg: Model, device: str) -> None:
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
     apply_liger_kernel_to_qwen2(
-        rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False, model=language_model
+        rope=True,
+        swiglu=True,
+        rms_norm=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+        model=language_model,
     )
 
 
-def _add_adapters(model: nn.Module, parts: Mapping[str, tuple[str, ...]], lora: Lora) -> nn.Module:
+def _add_adapters(model: Any, parts: Mapping[str, tuple[str, ...]], lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -64,7 +77,7 @@ def _add_adapters(model: nn.Module, parts: Mapping[str, tuple[str, ...]], lora: 
         raise ValueError(f"model.lora.target: {lora.target!r} matches no Linear module")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, bias="none")
-    # adapters in the model's dtype: mixed dtypes cannot be gathered together under ZeRO-3; the optimizer keeps fp32 masters
+    # adapters in the model's dtype: ZeRO-3 cannot gather mixed dtypes together; the optimizer keeps fp32 masters
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():  # peft freezes every base weight, also parts that are trained
         if name in trained:
@@ -76,7 +89,3 @@ def count(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; sharded ones are counted whole."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
     return sum(n for trained, n in sizes if trained), sum(n for _, n in sizes)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype

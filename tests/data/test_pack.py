@@ -29,7 +29,13 @@ def test_packed_row_token_by_token():
     b = tiny.sample("b", generator, before=3, after=0, frames=0, responses=[1])
     batch = pack([a, b], tiny.blank())
     prompt = len(a.prompt)
-    assert batch.ids.tolist() == [*a.prompt.tolist(), *a.responses[0], *a.responses[1], *b.prompt.tolist(), *b.responses[0]]
+    assert batch.ids.tolist() == [
+        *a.prompt.tolist(),
+        *a.responses[0],
+        *a.responses[1],
+        *b.prompt.tolist(),
+        *b.responses[0],
+    ]
     want = [*range(prompt), prompt, prompt + 1, prompt, prompt + 1, prompt + 2, 0, 1, 2, 3]
     assert batch.positions.tolist() == want
     assert batch.tree.parent.tolist() == [-1, 0, 0, -1, 3]

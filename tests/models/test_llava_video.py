@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastpo.data.pack import pack
-from fastpo.models import llava_video
+from fastpo.models import llava_video, trainable
 from fastpo.models.policy import Policy
 from fastpo_kernels import losses
 from tests import tiny
@@ -17,7 +17,7 @@ STATS = frozenset({"logp"})
 
 
 def frame_tokens(model, pixels, pooling):
-    """LLaVA-Video's visual tokens restated plainly: pooled grid row by row, the newline after each row, frame by frame."""
+    """LLaVA-Video's visual tokens restated plainly: pooled grid row by row, a newline after each, frame by frame."""
     p = tiny.processor(pooling)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (p.mean, p.std))
     tower = model.model.vision_tower
@@ -42,7 +42,9 @@ def separate_logps(model, sample):
     extra = {}
     if sample.pixels is not None:
         tokens = frame_tokens(model, sample.pixels, "bilinear")
-        extra["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=tokens.expand(len(full), -1, -1))}
+        extra["mm_encoder_outputs"] = {
+            "video": BaseModelOutputWithPooling(pooler_output=tokens.expand(len(full), -1, -1))
+        }
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
     first = len(sample.prompt) - 1
     return [
@@ -65,11 +67,12 @@ CASES = {
 def test_packed_row_equals_separate_forwards(case, checkpointing):
     generator = torch.Generator().manual_seed(1)
     samples = [
-        tiny.sample(str(i), generator, before=b, after=a, frames=f, responses=r) for i, (b, a, f, r) in enumerate(CASES[case])
+        tiny.sample(str(i), generator, before=b, after=a, frames=f, responses=r)
+        for i, (b, a, f, r) in enumerate(CASES[case])
     ]
     plain, packed = tiny.model(packed=False), tiny.model(packed=True)
     if checkpointing:
-        packed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainable.enable_checkpointing(packed)
     policy = Policy(packed, llava_video, tiny.processor(), mode="none", stats=STATS).train()
     batch = pack(samples, tiny.blank())
 
@@ -80,15 +83,14 @@ def test_packed_row_equals_separate_forwards(case, checkpointing):
     seg = batch.segments
     ref = torch.linspace(-7, -5, len(want))
     for objective in (losses.dpo, losses.sft) if seg.pairs.shape[1] else (losses.sft,):
-        plain.zero_grad(), packed.zero_grad()
-        ours, theirs = (run(objective, logp, ref, seg) for logp in (policy(batch).logp, separate_again(plain, samples)))
+        plain.zero_grad()
+        packed.zero_grad()
+        again = torch.cat([logp for sample in samples for logp in separate_logps(plain, sample)])
+        ours, theirs = (run(objective, logp, ref, seg) for logp in (policy(batch).logp, again))
         assert relative(ours.detach(), theirs.detach()) < 1e-5
-        ours.sum().backward(), theirs.sum().backward()
+        ours.sum().backward()
+        theirs.sum().backward()
         compare_gradients(packed, plain)
-
-
-def separate_again(plain, samples):
-    return torch.cat([logp for sample in samples for logp in separate_logps(plain, sample)])
 
 
 def run(objective, logp, ref, seg):
@@ -101,7 +103,9 @@ def compare_gradients(packed, plain):
     theirs = dict(plain.named_parameters())
     for name, parameter in packed.named_parameters():
         wanted = theirs[name].grad
-        if wanted is None:  # text only: the plain model never ran its tower; ours ran on the blank image, without effect
+        if (
+            wanted is None
+        ):  # text only: the plain model never ran its tower; ours ran on the blank image, without effect
             assert parameter.grad is None or float(parameter.grad.abs().max()) == 0, name
             continue
         scale = max(1e-3, float(wanted.abs().max()))
@@ -111,7 +115,7 @@ def compare_gradients(packed, plain):
 
 
 def relative(got, want):
-    return float((got - want).abs().max() / want.abs().max())
+    return float(((got - want).abs().max() / want.abs().max()).detach())
 
 
 @pytest.mark.parametrize("pooling", ["bilinear", "average"])
