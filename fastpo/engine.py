@@ -5,7 +5,6 @@ is clipped at 1.0 where `gradient_clipping` is absent, so the key is always writ
 the hooks of ZeRO-3, tuples do not.
 """
 
-import logging
 import os
 import socket
 import warnings
@@ -14,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch._dynamo  # noqa: F401  (before zero.Init, which patches Tensor.__new__ in a way its first import rejects)
 import torch.distributed as dist
@@ -28,8 +28,6 @@ from fastpo_kernels import TokenStats
 
 # names that the installed torch and transformers are about to change, used by DeepSpeed and peft
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.modeling_utils")
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about a machine without GPU
-import deepspeed  # noqa: E402  (its logger reads the level when imported)
 
 
 def init_distributed() -> tuple[int, int, str]:

@@ -34,10 +34,11 @@ from fastpo_kernels import losses
 Attach = Callable[[MicroBatch], MicroBatch]
 
 
-def fit(run: Run) -> Path:
+def fit(run: Run, stop: threading.Event | None = None) -> Path:
     """Trains from scratch or from the newest checkpoint in `out`; returns the last one.
 
-    On SIGTERM it saves and exits with 0. Raises ValueError for bad input, FloatingPointError for a non-finite loss.
+    Once `stop` is set it saves after the step and exits with 0. Raises ValueError for bad input, FloatingPointError for
+    a loss that is not finite.
     """
     rank, ranks, device = init_distributed()
     objective = resolve(losses.LOSSES, run.loss, key="loss")
@@ -55,8 +56,7 @@ def fit(run: Run) -> Path:
     start = checkpoint.load(engine, resume) if resume else 0
     order = [loader.step_samples(len(table), s, prompts=run.batch.prompts, seed=run.seed) for s in range(start, total)]
     meter = meter_for(objective, engine.device)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop = stop or threading.Event()
     log = metrics.Log(
         run.out, total, tensorboard=run.log.tensorboard, wandb=run.log.wandb, resume_step=start if resume else None,
         run=run.model_dump(mode="json"), enabled=rank == 0,
@@ -81,19 +81,27 @@ def fit(run: Run) -> Path:
             took = time.monotonic() - begin
             log.write(step, meter.reduce() | numbers | {"tokens_per_s": seen / took})
             tokens, seconds = tokens + seen, seconds + took
-            if stopped:
-                _say(rank, f"stopped by SIGTERM after step {step}; saved in {checkpoint.save(engine, run, step)}")
-                sys.exit(0)
-            if step == total or (run.log.eval_every and step % run.log.eval_every == 0):
+            if run.log.eval_every and step % run.log.eval_every == 0 and step < total and not stopped:
                 evaluate(step)  # before saving: a run killed in between evaluates again
-            if step == total or step % run.save_every == 0:
+            if stopped or step == total or step % run.save_every == 0:
                 checkpoint.save(engine, run, step)
+            if stopped:
+                _say(rank, f"stopped by SIGTERM after step {step}, saved in {run.out / 'checkpoints'}")
+                sys.exit(0)
             begin = time.monotonic()
+        evaluate(total)
     folder = checkpoint.latest(run)
     assert folder is not None
     if rank == 0:
         _summary(run, folder, tokens / seconds if seconds else None, device)
     return folder
+
+
+def on_sigterm() -> threading.Event:
+    """An event that SIGTERM sets."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
 
 
 def make_data(run: Run) -> None:

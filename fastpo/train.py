@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(run: Run) -> None:
     """The warm-up where one is asked for, then the run itself."""
-    from fastpo.fit import fit, make_data  # torch and deepspeed take seconds to import
+    from fastpo.fit import fit, make_data, on_sigterm  # torch and deepspeed take seconds to import
 
+    stop = on_sigterm()
     make_data(run)
     if run.warmup is not None:
-        last = fit(warmup_run(run))
+        last = fit(warmup_run(run), stop)
         run = run.model_copy(update={"model": run.model.model_copy(update={"path": str(last / "model")})})
-    fit(run)
+    fit(run, stop)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def in_order(count: int, prompts: int) -> list[list[int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows(Dataset):
-    """Micro-batch i of this rank, decoded and packed in a worker. BadSamples are returned, not raised: DataLoader wraps those."""
+    """Micro-batch i of this rank, made in a worker. A BadSample is returned: raised, it would come wrapped."""
 
     table: Table
     rows: list[list[int]]

@@ -33,8 +33,8 @@ def frame_tokens(model, pixels, pooling):
     return torch.stack(rows)
 
 
-def separate_logps(model, sample):
-    """Per response [n] log-probs of the plain model on right-padded rows prompt + response."""
+def separate(model, sample):
+    """Per response [n, H] hidden states and [n, V] log-probs of the plain model on right-padded rows."""
     full = [torch.cat([sample.prompt, r]) for r in sample.responses]
     longest = max(map(len, full))
     ids = torch.stack([F.pad(x, (0, longest - len(x))) for x in full])
@@ -45,12 +45,16 @@ def separate_logps(model, sample):
         extra["mm_encoder_outputs"] = {
             "video": BaseModelOutputWithPooling(pooler_output=tokens.expand(len(full), -1, -1))
         }
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     first = len(sample.prompt) - 1
-    return [
-        logits[i, first : first + len(r)].log_softmax(-1).gather(1, r[:, None])[:, 0]
-        for i, r in enumerate(sample.responses)
-    ]
+    cut = [hidden[i, first : first + len(r)] for i, r in enumerate(sample.responses)]
+    return cut, [model.lm_head(x).log_softmax(-1) for x in cut]
+
+
+def separate_logps(model, samples):
+    """[N] log-probs of all responses of all samples."""
+    tables = [(table, r) for s in samples for table, r in zip(separate(model, s)[1], s.responses, strict=True)]
+    return torch.cat([table.gather(1, r[:, None])[:, 0] for table, r in tables])
 
 
 CASES = {
@@ -76,17 +80,18 @@ def test_packed_row_equals_separate_forwards(case, checkpointing):
     policy = Policy(packed, llava_video, tiny.processor(), mode="none", stats=STATS).train()
     batch = pack(samples, tiny.blank())
 
-    got = policy(batch).logp
-    want = torch.cat([logp for sample in samples for logp in separate_logps(plain, sample)])
-    assert relative(got, want) < 1e-5
+    logp, hidden = policy(batch, record=True)
+    want = separate_logps(plain, samples)
+    assert relative(hidden, torch.cat([x for s in samples for x in separate(plain, s)[0]])) < 1e-5
+    assert relative(logp, want) < 1e-5
 
     seg = batch.segments
     ref = torch.linspace(-7, -5, len(want))
     for objective in (losses.dpo, losses.sft) if seg.pairs.shape[1] else (losses.sft,):
         plain.zero_grad()
         packed.zero_grad()
-        again = torch.cat([logp for sample in samples for logp in separate_logps(plain, sample)])
-        ours, theirs = (run(objective, logp, ref, seg) for logp in (policy(batch).logp, again))
+        pair = policy(batch).logp, separate_logps(plain, samples)
+        ours, theirs = (run(objective, logp, ref, seg) for logp in pair)
         assert relative(ours.detach(), theirs.detach()) < 1e-5
         ours.sum().backward()
         theirs.sum().backward()
