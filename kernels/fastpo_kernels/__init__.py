@@ -1,5 +1,8 @@
 """Fused preference losses: a language-model head reduced to per-token numbers, and pure losses of those numbers."""
 
+from fastpo_kernels import losses
+from fastpo_kernels.token_stats import token_stats
+from fastpo_kernels.tree_attention import tree_attention
 from fastpo_kernels.types import LossOut, Segments, TokenStats, Tree
 
-__all__ = ["LossOut", "Segments", "TokenStats", "Tree"]
+__all__ = ["LossOut", "Segments", "TokenStats", "Tree", "losses", "token_stats", "tree_attention"]
