@@ -142,6 +142,8 @@ class Run(Section):
                 raise ValueError(f"reference.mode: adapter_off {drift}; use copy or cache")
         if self.engine.zero == 0 and model.dtype == "bfloat16":
             raise ValueError("engine.zero: 0 keeps no fp32 master weights for bfloat16; use 1, 2 or 3")
+        if self.engine.zero < {"none": 0, "optimizer": 1, "all": 3}[self.engine.offload]:
+            raise ValueError(f"engine.offload: {self.engine.offload} needs engine.zero: 1 or more (all: 3)")
         if model.lora is not None and not model.train_language:
             raise ValueError("model.lora adapts the language model, but model.train_language is false")
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
