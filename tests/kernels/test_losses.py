@@ -22,8 +22,8 @@ QUIRKS = {  # what is asserted about each, or why nothing is; tests/golden/READM
     "multi_phrase_bf16": "the float64 value of the same numbers, not their bf16 rounding",
     "videochat2_difflib": "equal, given their signs",
     "ref_underflow_nan": "finite, where theirs is NaN",
-    "perpo_norm_n4": "not held: a PerPO variant, and there is no PerPO yet",
-    "perpo_old_n4": "not held: a PerPO variant, and there is no PerPO yet",
+    "perpo_norm_n4": "equal: perpo with length_normalized, in test_losses_perpo.py",
+    "perpo_old_n4": "equal: perpo, in test_losses_perpo.py",
 }
 
 
@@ -267,8 +267,10 @@ def test_needs_reads_the_signature():
     assert {name: losses.needs(loss) for name, loss in losses.LOSSES.items()} == {
         "dpo": {"logp", "ref_logp"},
         "rrpo": {"logp", "ref_logp", "kl"},
+        "perpo": {"logp", "ref_logp"},
         "sft": {"logp"},
     }
+    assert losses.needs(losses.grpo) == {"logp", "ref_logp", "old_logp", "advantage"}
 
     def mistaken(logp, reward, seg, *, beta=0.1): ...
 

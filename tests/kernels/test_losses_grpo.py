@@ -1,0 +1,148 @@
+"""GRPO and its relatives against golden cases, gradients by finite differences, and the formulas in plain Python."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastpo_kernels import Segments, losses
+from fastpo_kernels.testing import max_error
+
+GOLDEN = Path(__file__).parents[1] / "golden/grpo"
+CASES = {case["id"]: case for case in json.loads((GOLDEN / "index.json").read_text())["cases"]}
+TENSORS = load_file(GOLDEN / "grpo.safetensors")
+TYPES = ("grpo", "gspo", "dr_grpo", "dapo")
+TOKENS = [3, 0, 4, 1]
+
+
+def segments(tokens=TOKENS):
+    return Segments.build(tokens=tokens, groups=[1] * len(tokens), score=torch.zeros(len(tokens)))
+
+
+def numbers(spread=0.3):
+    torch.manual_seed(1)
+    logp = torch.randn(8, dtype=torch.float64)
+    ref_logp, old_logp = (logp + spread * torch.randn(8, dtype=torch.float64) for _ in range(2))
+    return logp, ref_logp, old_logp, torch.tensor([1.5, 2.0, -0.5, 0.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_golden(case, dtype, tolerance):
+    t = {k.removeprefix(f"{case}/"): v for k, v in TENSORS.items() if k.startswith(f"{case}/")}
+    mask = t["completion_mask"].bool()
+    logp = t["per_token_logps"].to(dtype)[mask].requires_grad_()
+    seg = segments(mask.sum(1))
+    out = losses.grpo(
+        logp, t["ref_per_token_logps"].to(dtype)[mask], None, t["advantages"].to(dtype), seg, beta=CASES[case]["beta"]
+    )
+    out.losses.mean().backward()
+    assert max_error(out.losses.mean(), t["expected_loss"][0]) <= tolerance
+    assert max_error(out.metrics["kl"], t["per_token_kl"][mask]) <= tolerance * 10
+    # the ratio is 1 everywhere: d loss / d logp = (-A + beta (1 - e^d)) / (tokens of the response) / responses
+    d = (t["ref_per_token_logps"] - t["per_token_logps"])[mask]
+    owner = seg.owner
+    want = (-t["advantages"][owner] + CASES[case]["beta"] * (1 - d.exp())) / seg.tokens[owner] / len(mask)
+    assert max_error(logp.grad, want) <= tolerance
+
+
+def formula(logp, ref_logp, old_logp, advantage, *, low, high, beta, loss_type, length):
+    """Losses in plain Python, one response after the other."""
+    found, first = [], 0
+    for n, a in zip(TOKENS, advantage.tolist(), strict=True):
+        p, q, old = (x[first : first + n].tolist() for x in (logp, ref_logp, old_logp))
+        first += n
+        ratio = [math.exp(x - y) for x, y in zip(p, old, strict=True)]
+        if loss_type == "gspo" and n:
+            ratio = [math.exp(sum(x - y for x, y in zip(p, old, strict=True)) / n)] * n
+        token = [-min(r * a, min(max(r, 1 - low), 1 + high) * a) for r in ratio]
+        token = [t + beta * (math.exp(y - x) - (y - x) - 1) for t, x, y in zip(token, p, q, strict=True)]
+        if loss_type == "dapo":
+            found += token
+        else:
+            found.append(sum(token) / (length if loss_type == "dr_grpo" else max(1, n)))
+    return found
+
+
+@pytest.mark.parametrize("loss_type", TYPES)
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_formula(loss_type, beta):
+    given = numbers()
+    got = losses.grpo(
+        *given, segments(), epsilon_low=0.1, epsilon_high=0.25, beta=beta, loss_type=loss_type, max_completion_length=9
+    )
+    want = formula(*given, low=0.1, high=0.25, beta=beta, loss_type=loss_type, length=9)
+    assert got.unit == ("token" if loss_type == "dapo" else "response")
+    assert got.losses.tolist() == pytest.approx(want, rel=1e-12, abs=1e-15)
+    assert got.metrics["kl"].shape == (8,)
+
+
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_gradcheck_away_from_the_edges_of_the_clip(loss_type):
+    logp, *rest = numbers()
+
+    def compute(x):
+        return losses.grpo(x, *rest, segments(), beta=0.4, loss_type=loss_type, max_completion_length=9).losses
+
+    assert torch.autograd.gradcheck(compute, logp.requires_grad_())
+
+
+def test_clipped_tokens_have_no_gradient_and_are_counted():
+    logp = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.0], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    out = losses.grpo(logp, None, torch.zeros(5), advantage, segments([1] * 5), epsilon_low=0.3)
+    out.losses.sum().backward()
+    assert (logp.grad == 0).tolist() == [True, False, False, True, False]
+    assert out.metrics["clip_high"].tolist() == [1, 0, 0, 0, 0]
+    assert out.metrics["clip_low"].tolist() == [0, 0, 0, 1, 0]
+    assert set(out.metrics) == {"clip_low", "clip_high"}
+
+
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_without_an_old_policy_the_gradient_is_that_of_reinforce(loss_type):
+    logp, _, _, advantage = numbers()
+    logp.requires_grad_()
+    seg = segments()
+    out = losses.grpo(logp, None, None, advantage, seg, loss_type=loss_type, max_completion_length=9)
+    out.losses.sum().backward()
+    divisor = {"dr_grpo": 9, "dapo": 1}.get(loss_type, seg.tokens[seg.owner])
+    torch.testing.assert_close(logp.grad, -advantage[seg.owner] / divisor)
+
+
+def test_kl_near_the_reference_keeps_its_digits_in_fp32():
+    logp = torch.zeros(4)
+    d = torch.tensor([1e-3, -1e-3, 1e-2, -1e-2])
+    kl = losses.grpo(logp, d, None, torch.zeros(4), segments([1] * 4)).metrics["kl"]
+    exact = d.double().exp() - 1 - d.double()
+    plain = d.exp() - d - 1
+    assert ((kl - exact) / exact).abs().max() < 2e-4 < ((plain - exact) / exact).abs().max()
+
+
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_no_tokens(loss_type):
+    logp = torch.zeros(0, requires_grad=True)
+    out = losses.grpo(
+        logp, logp.detach(), None, torch.ones(2), segments([0, 0]), loss_type=loss_type, max_completion_length=9
+    )
+    out.losses.sum().backward()
+    assert out.losses.tolist() == ([] if loss_type == "dapo" else [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"beta": 0.1}, "needs ref_logp"),
+        ({"beta": -0.1}, "must not be negative"),
+        ({"epsilon_low": -0.1}, "must not be negative"),
+        ({"epsilon_high": math.nan}, "must not be negative"),
+        ({"loss_type": "bnpo"}, "loss_type must be"),
+        ({"loss_type": "dr_grpo"}, "needs a positive max_completion_length"),
+        ({"loss_type": "dr_grpo", "max_completion_length": 0}, "needs a positive max_completion_length"),
+    ],
+)
+def test_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        losses.grpo(torch.zeros(8), None, None, torch.zeros(4), segments(), **options)
