@@ -129,12 +129,8 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
     length = FRAMES // len(scene)
     for number, event in enumerate(scene):
         dx, dy = DIRECTIONS[event.direction]
-        radius, start, travel, aside = (
-            rng.uniform(12, 17),
-            rng.uniform(-6, 0),
-            rng.uniform(22, 28),
-            rng.uniform(-10, 10),
-        )
+        radius, start = rng.uniform(14, 17), rng.uniform(2, 7)
+        travel, aside = rng.uniform(16, 21), rng.uniform(-7, 7)
         colour = np.array(COLOURS[event.colour]) + [rng.uniform(-12, 12) for _ in range(3)]
         for step in range(length):
             along = start + travel * step / (length - 1)
@@ -250,7 +246,7 @@ def _lay_out_positions(weight: torch.Tensor) -> None:
     """
     side = math.isqrt(len(weight))
     place = torch.linspace(-1, 1, side)
-    weight += torch.cartesian_prod(place, place) @ torch.randn(2, weight.shape[1])
+    weight += torch.cartesian_prod(place, place) @ torch.randn(2, weight.shape[1]).mul(2)
 
 
 def make_tokenizer() -> TokenizersBackend:
