@@ -1,8 +1,22 @@
 """Fused preference losses: a language-model head reduced to per-token numbers, and pure losses of those numbers."""
 
 from fastpo_kernels import losses
+from fastpo_kernels.fused import fused_dpo, fused_grpo, fused_logp, fused_perpo, fused_rrpo
 from fastpo_kernels.token_stats import token_stats
 from fastpo_kernels.tree_attention import tree_attention
 from fastpo_kernels.types import LossOut, Segments, TokenStats, Tree
 
-__all__ = ["LossOut", "Segments", "TokenStats", "Tree", "losses", "token_stats", "tree_attention"]
+__all__ = [
+    "LossOut",
+    "Segments",
+    "TokenStats",
+    "Tree",
+    "fused_dpo",
+    "fused_grpo",
+    "fused_logp",
+    "fused_perpo",
+    "fused_rrpo",
+    "losses",
+    "token_stats",
+    "tree_attention",
+]
