@@ -26,7 +26,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 FRAMES, SIZE, FPS = 16, 64, 8
 COLOURS = {"red": (240, 30, 30), "green": (25, 195, 50), "blue": (40, 50, 240), "yellow": (245, 230, 20)}
-SHAPES = ("square", "cross", "ring")
+SHAPES = ("square", "pole", "plank")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUESTIONS = {
     "colour": "What colour is the moving shape?",
@@ -129,8 +129,8 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
     length = FRAMES // len(scene)
     for number, event in enumerate(scene):
         dx, dy = DIRECTIONS[event.direction]
-        radius, start = rng.uniform(14, 17), rng.uniform(2, 7)
-        travel, aside = rng.uniform(16, 21), rng.uniform(-7, 7)
+        radius, start = rng.uniform(15, 17), rng.uniform(0, 3)
+        travel, aside = rng.uniform(20, 25), rng.uniform(-4, 4)
         colour = np.array(COLOURS[event.colour]) + [rng.uniform(-12, 12) for _ in range(3)]
         for step in range(length):
             along = start + travel * step / (length - 1)
@@ -145,9 +145,9 @@ def _cover(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     """[SIZE, SIZE] share of each pixel that the shape covers, from the distance to its outline."""
     u, v = np.arange(0.5, SIZE)[None, :] - x, np.arange(0.5, SIZE)[:, None] - y
     distance = {
-        "ring": lambda: abs(np.hypot(u, v) - 0.88 * radius) - 0.12 * radius,
         "square": lambda: np.maximum(abs(u), abs(v)) - 0.9 * radius,
-        "cross": lambda: np.maximum(np.maximum(abs(u), abs(v)) - radius, np.minimum(abs(u), abs(v)) - 0.3 * radius),
+        "pole": lambda: np.maximum(abs(u) - 0.35 * radius, abs(v) - 1.1 * radius),
+        "plank": lambda: np.maximum(abs(u) - 1.1 * radius, abs(v) - 0.35 * radius),
     }[shape]()
     return np.clip(0.5 - distance, 0, 1)
 
