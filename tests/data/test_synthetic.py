@@ -122,13 +122,15 @@ def test_clips_show_what_the_answers_say(demo: Path, rows: dict[str, list[dict]]
 
 
 def test_shapes_are_drawn_as_named() -> None:
-    # Covered share of the square of side 2 r: .9^2, pi (1 - .76^2) / 4 and 2 * .3 - .3^2.
-    expected = {"square": 0.81, "ring": 0.332, "cross": 0.51}
+    # Covered share of the square of side 2 r: .9 * .9, and .35 * 1.1 for the two oblongs.
+    expected = {"square": 0.81, "pole": 0.385, "plank": 0.385}
     covers = {name: synthetic._cover(name, 32, 32, 14.0) for name in synthetic.SHAPES}
     assert {name: cover.sum() / 28**2 for name, cover in covers.items()} == pytest.approx(expected, abs=0.02)
-    assert covers["ring"][32, 32] == 0 and covers["cross"][32, 32] == 1
+    height = {name: int((cover[:, 32] > 0.5).sum()) for name, cover in covers.items()}
+    assert height["plank"] < height["square"] < height["pole"]
+    assert np.array_equal(covers["pole"], covers["plank"].T)
     for cover in covers.values():
-        assert np.array_equal(cover, cover.T)  # upright, so no shape tells a direction
+        assert np.array_equal(cover, cover[::-1, ::-1])  # no shape points in a direction
 
 
 def test_the_model_folder_is_an_ordinary_one(demo: Path) -> None:
@@ -157,10 +159,10 @@ def test_the_tokenizer_speaks_qwens_chat_and_any_text(demo: Path, rows: dict[str
         "<|im_start|>user\n<video>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == prompt
-    chat = [{"role": "system", "content": "Be brief."}, *chat, {"role": "assistant", "content": "A ring."}]
+    chat = [{"role": "system", "content": "Be brief."}, *chat, {"role": "assistant", "content": "A pole."}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<video>\nWhat?<|im_end|>\n"
-        "<|im_start|>assistant\nA ring.<|im_end|>\n"
+        "<|im_start|>assistant\nA pole.<|im_end|>\n"
     )
     for row in rows["test"]:
         words = re.findall(r" ?\w+|[.]", row["answer"])
