@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
+from datasets import disable_progress_bars
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 import fastpo
 import fastpo_kernels
@@ -32,6 +34,9 @@ from fastpo.step import eval_pass, meter_for, train_step
 from fastpo_kernels import losses
 
 Attach = Callable[[MicroBatch], MicroBatch]
+
+disable_progress_bars()  # other bars would tear the live progress line
+transformers_logging.disable_progress_bar()
 
 
 def fit(run: Run, stop: threading.Event | None = None) -> Path:

@@ -156,7 +156,7 @@ def test_adapter_loads_with_plain_peft_and_merges_to_the_same_model(base, demo, 
     plain = AutoModelForImageTextToText.from_pretrained(demo / "model")
     folder = out / "checkpoints" / "step_000004" / "adapter"
     adapted = PeftModel.from_pretrained(plain, str(folder)).eval()
-    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("The ring is blue.", return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("The pole is blue.", return_tensors="pt").input_ids
     base_logits = AutoModelForImageTextToText.from_pretrained(demo / "model").eval()(input_ids=ids).logits
     logits = adapted(input_ids=ids).logits
     torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
@@ -197,7 +197,7 @@ def test_bad_samples_stop_the_run_or_are_listed(demo, tmp_path):
     run(demo, tmp_path / "skip", f"data.train.path={data}", "data.on_bad_sample=skip", "optim.steps=3")
     listed = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
     assert len(listed) == 2 and "broken.mp4" in listed[1]["reason"]
-    table[1] |= {"answer": "The ring is blue now."} | {"answer_masked": "The ring is <MASK> blue now </MASK>."}
+    table[1] |= {"answer": "The pole is blue now."} | {"answer_masked": "The ring is <MASK> blue now </MASK>."}
     data.write_text(json.dumps(table))
     with pytest.raises(BadSample, match=r"broken.mp4"):
         run(demo, tmp_path / "decode", f"data.train.path={data}", "data.workers=1")
