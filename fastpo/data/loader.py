@@ -4,6 +4,7 @@ Which samples a step holds follows from (seed, epoch, step) alone, so that a res
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -70,9 +71,16 @@ class Feed:
         """For each step (sample indices of all ranks together) this rank's micro-batches, as many on every rank."""
         plans = [self.plan(table, chosen)[self.rank] for chosen in steps]
         source = _Rows(table=table, rows=[row for rows in plans for row in rows], feed=self)
-        loader = iter(DataLoader(source, batch_size=None, num_workers=self.data.workers, collate_fn=_same))  # pyright: ignore[reportArgumentType]
+        loader = DataLoader(
+            source,
+            batch_size=None,
+            num_workers=self.data.workers,
+            worker_init_fn=_outlive_sigterm,
+            collate_fn=_same,  # pyright: ignore[reportArgumentType]
+        )
+        decoded = iter(loader)
         for rows in plans:
-            window = [next(loader) for _ in rows]
+            window = [next(decoded) for _ in rows]
             for batch in window:
                 if isinstance(batch, BadSample):
                     raise batch
@@ -123,6 +131,11 @@ class _Rows(Dataset):
 
 def _same(batch: MicroBatch | BadSample) -> MicroBatch | BadSample:
     return batch
+
+
+def _outlive_sigterm(_: int) -> None:
+    """Schedulers signal every process of a job; workers have to live until the main process has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _best(sample: Sample) -> Sample:
