@@ -228,7 +228,7 @@ def _media(value: Any, where: str, key: str, media_root: Path) -> Media:
     suffix = Path(value).suffix.lower()
     if suffix not in VIDEO | IMAGE:
         raise bad(where, key, f"{value}: neither a video ({' '.join(sorted(VIDEO))}) nor an image suffix")
-    if not os.path.isabs(value) and Path(os.path.normpath(value)).parts[0] == "..":
+    if Path(os.path.normpath(value)).parts[0] == "..":
         raise bad(where, key, f"{value}: leads out of data.media_root")
     path = media_root / value
     if not os.path.isfile(path):

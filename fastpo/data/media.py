@@ -34,13 +34,17 @@ else:
 
 logger = logging.getLogger(__name__)
 
+# Containers that store every packet's time stamp. In the others (avi, mpeg, ts, ...) FFmpeg makes some up.
+STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+
 
 class Clip(NamedTuple):
-    """What a container says about its video. Time stamps are in the stream's units."""
+    """What the packets of a video say. Time stamps are in the stream's units."""
 
     frames: int
-    pts: list[int] | None  # [frames] in display order; None where packets carry none
-    keys: list[int]  # pts of the frames that decoding can start at, ascending
+    pts: list[int] | None  # [frames] in display order; None where they cannot be relied on
+    keys: list[int]  # pts of the frames after which every frame decodes as it does from the start, ascending
+    closed: bool  # whether these are all the frames that a container calls key frames
 
 
 def decode(media: Media, frames: int) -> np.ndarray:
@@ -85,8 +89,10 @@ def read_clip(path: Path) -> Clip:
     Raises BadSample for a file that is no video, has no frame, or ends early: a packet is cut, or the last one ends
     more than two frames and 2 % before the duration that the container declares.
     """
-    shown, keys, end = [], [], 0.0
+    shown, keys, closed, end = [], [], True, 0.0
     with _opened(path) as (container, stream):
+        codec, length = stream.codec_context.name, _nal_length(stream.codec_context.extradata)
+        stamped = container.format.name in STAMPED
         for packet in container.demux():
             if packet.size == 0:
                 continue
@@ -97,7 +103,9 @@ def read_clip(path: Path) -> Clip:
             if packet.stream_index != stream.index:
                 continue
             if packet.is_keyframe and packet.pts is not None:
-                keys.append(packet.pts)
+                whole = codec != "h264" or _is_idr(bytes(packet), length)
+                keys += [packet.pts] * whole
+                closed = closed and whole
             if not packet.is_discard:
                 shown.append(packet.pts)
         declared = ((container.duration or 0) + min(container.start_time or 0, 0)) / av.time_base
@@ -108,17 +116,20 @@ def read_clip(path: Path) -> Clip:
             f"{path}: truncated, the container declares {declared:.1f} s and its packets end at {end:.1f} s"
         )
     known = [pts for pts in shown if pts is not None]
-    pts = sorted(known) if len(set(known)) == len(shown) else None
-    return Clip(len(shown), pts, sorted(keys))
+    pts = sorted(known) if stamped and len(set(known)) == len(shown) else None
+    return Clip(len(shown), pts, sorted(keys), closed and codec in ("h264", "vp8", "vp9"))
 
 
 def decode_decord(path: Path, clip: Clip, wanted: list[int]) -> np.ndarray:
     """[F, h, w, 3] uint8 of the wanted frames, in one thread: the loader's workers run side by side.
 
-    Raises ValueError where decord's frames are not the clip's: decord 0.6 also counts frames that an edit list hides,
-    and repeats the last frame at the end instead.
+    Raises ValueError where decord 0.6 would give other frames without a word (found by comparing it with decoding from
+    the start): in containers but mp4, mov, mkv and webm, after a key frame that is no fresh start (open GOP, usual in
+    HEVC), and where an edit list hides frames, which it counts and makes up for by repeating the last one.
     """
     assert decord is not None
+    if clip.pts is None or not clip.closed:
+        raise ValueError("it does not seek exactly in such a file")
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
     if len(reader) != clip.frames:
         raise ValueError(f"it counts {len(reader)} frames where {clip.frames} are shown")
@@ -147,10 +158,27 @@ def decode_pyav(path: Path, clip: Clip, wanted: list[int]) -> np.ndarray:
                 if not missing:
                     break
     if lost := set(wanted) - found.keys():
-        if clip.keys:  # a seek may land behind its target, but not the start
-            return decode_pyav(path, clip._replace(keys=[]), wanted)
         raise BadSample(f"{path}: frame {min(lost)} of {clip.frames} does not decode")
     return np.stack([found[i] for i in wanted])
+
+
+def _nal_length(extradata: bytes | None) -> int:
+    """Bytes of the length before each NAL unit: ISO/IEC 14496-15, 5.3.3.1 (avcC)."""
+    return (extradata[4] & 3) + 1 if extradata and len(extradata) > 4 else 4
+
+
+def _is_idr(packet: bytes, length: int) -> bool:
+    """Whether the first slice of an H.264 packet is an IDR slice (NAL type 5), before which nothing is referred to.
+
+    Containers also call frames key at which an open GOP or an intra refresh begins.
+    """
+    at = 0
+    while at + length < len(packet):
+        kind = packet[at + length] & 31
+        if 1 <= kind <= 5:
+            return kind == 5
+        at += length + int.from_bytes(packet[at : at + length], "big")
+    return False
 
 
 @contextmanager
