@@ -27,6 +27,7 @@ FLOORS = {
     "fastpo.dryrun": 5,
     "fastpo.train": 5,
     "fastpo.merge": 5,
+    "fastpo.adapters": 5,
     "tests": 6,
     "bench": 6,
 }

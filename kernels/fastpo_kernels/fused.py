@@ -129,6 +129,7 @@ def fused_grpo(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     beta: float = 0.0,
+    kl_ratio: bool = False,
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo"] = "grpo",
     max_completion_length: int | None = None,
     backend: str = "auto",
@@ -154,6 +155,7 @@ def fused_grpo(
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         beta=beta,
+        kl_ratio=kl_ratio,
         loss_type=loss_type,
         max_completion_length=max_completion_length,
     )

@@ -151,6 +151,7 @@ def grpo(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     beta: float = 0.0,
+    kl_ratio: bool = False,
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo"] = "grpo",
     max_completion_length: int | None = None,
 ) -> LossOut:
@@ -160,7 +161,8 @@ def grpo(
         r = p / p_old, d = log p_ref / p (k3, an unbiased estimate of KL(p || p_ref))
 
     logp, ref_logp, old_logp: [N] nats; advantage: [S]. old_logp None is the policy itself, r = 1; ref_logp None: no
-    penalty, which beta 0 also says. loss_type:
+    penalty, which beta 0 also says. kl_ratio: the penalty times r, which makes its gradient that of the KL, also where
+    p moved away from p_old (DeepSeek-V3.2; TRL 1.16 does so unless told not to). loss_type:
     - "grpo": losses [S], unit "response", the mean over the tokens of each.
     - "gspo": the same, with one ratio for a response: exp of the mean of log p / p_old over its tokens.
     - "dr_grpo": losses [S], unit "response", the sum over its tokens / max_completion_length.
@@ -198,6 +200,8 @@ def grpo(
     if ref_logp is not None:
         d = ref_logp - logp
         kl = torch.expm1(d) - d  # not exp(d) - d - 1, which near the reference is the rounding of 1
+        if kl_ratio:
+            kl = kl * (ratio[seg.owner] if loss_type == "gspo" else ratio)
         per_token = per_token + beta * kl if beta else per_token
         metrics["kl"] = kl.detach()
     if loss_type == "dapo":

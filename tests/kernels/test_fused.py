@@ -117,8 +117,7 @@ def test_golden_fp32(key):
         assert_golden(key, fused(key, torch.float32, backend, train_head), 1e-5)
 
 
-# Two pairs, two prompts of two, or four completions, of odd sizes: left padding, right padding, a response without a
-# token, a supervised first position (which nothing predicts).
+# Four responses: left padding, right padding, one without a token, one with a supervised first position.
 ROWS, T, H, V = 4, 9, 11, 37
 SUPERVISED = [(3, 9), (0, 4), (5, 5), (4, 7)]
 

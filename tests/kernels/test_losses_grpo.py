@@ -49,7 +49,7 @@ def test_golden(case, dtype, tolerance):
     assert max_error(logp.grad, want) <= tolerance
 
 
-def formula(logp, ref_logp, old_logp, advantage, *, low, high, beta, loss_type, length):
+def formula(logp, ref_logp, old_logp, advantage, *, low, high, beta, kl_ratio, loss_type, length):
     """Losses in plain Python, one response after the other."""
     found, first = [], 0
     for n, a in zip(TOKENS, advantage.tolist(), strict=True):
@@ -59,7 +59,8 @@ def formula(logp, ref_logp, old_logp, advantage, *, low, high, beta, loss_type, 
         if loss_type == "gspo" and n:
             ratio = [math.exp(sum(x - y for x, y in zip(p, old, strict=True)) / n)] * n
         token = [-min(r * a, min(max(r, 1 - low), 1 + high) * a) for r in ratio]
-        token = [t + beta * (math.exp(y - x) - (y - x) - 1) for t, x, y in zip(token, p, q, strict=True)]
+        k3 = [math.exp(y - x) - (y - x) - 1 for x, y in zip(p, q, strict=True)]
+        token = [t + beta * k * (r if kl_ratio else 1) for t, k, r in zip(token, k3, ratio, strict=True)]
         if loss_type == "dapo":
             found += token
         else:
@@ -68,13 +69,11 @@ def formula(logp, ref_logp, old_logp, advantage, *, low, high, beta, loss_type, 
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
-@pytest.mark.parametrize("beta", [0.0, 0.4])
-def test_formula(loss_type, beta):
-    given = numbers()
-    got = losses.grpo(
-        *given, segments(), epsilon_low=0.1, epsilon_high=0.25, beta=beta, loss_type=loss_type, max_completion_length=9
-    )
-    want = formula(*given, low=0.1, high=0.25, beta=beta, loss_type=loss_type, length=9)
+@pytest.mark.parametrize("beta, kl_ratio", [(0.0, False), (0.4, False), (0.4, True)])
+def test_formula(loss_type, beta, kl_ratio):
+    given, options = numbers(), {"beta": beta, "kl_ratio": kl_ratio, "loss_type": loss_type}
+    got = losses.grpo(*given, segments(), epsilon_low=0.1, epsilon_high=0.25, max_completion_length=9, **options)
+    want = formula(*given, low=0.1, high=0.25, length=9, **options)
     assert got.unit == ("token" if loss_type == "dapo" else "response")
     assert got.losses.tolist() == pytest.approx(want, rel=1e-12, abs=1e-15)
     assert got.metrics["kl"].shape == (8,)
@@ -85,7 +84,8 @@ def test_gradcheck_away_from_the_edges_of_the_clip(loss_type):
     logp, *rest = numbers()
 
     def compute(x):
-        return losses.grpo(x, *rest, segments(), beta=0.4, loss_type=loss_type, max_completion_length=9).losses
+        options = {"beta": 0.4, "kl_ratio": True, "max_completion_length": 9}
+        return losses.grpo(x, *rest, segments(), loss_type=loss_type, **options).losses
 
     assert torch.autograd.gradcheck(compute, logp.requires_grad_())
 
