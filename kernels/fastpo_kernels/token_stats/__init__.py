@@ -1,5 +1,7 @@
 """The vocabulary axis, reduced to a few numbers per supervised token."""
 
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +13,12 @@ from fastpo_kernels.token_stats import chunked, reference
 from fastpo_kernels.token_stats.reference import Inputs
 from fastpo_kernels.types import TokenStats
 
-RUNS = {"chunked": lambda hidden: True, "reference": lambda hidden: True}  # best first
+HAS_TRITON = find_spec("triton") is not None
+RUNS = {  # best first; "triton" is behind "chunked" since it has not been measured
+    "chunked": lambda hidden: True,
+    "triton": lambda hidden: HAS_TRITON and hidden.is_cuda and hidden.dtype != torch.float64,
+    "reference": lambda hidden: True,
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -45,9 +52,11 @@ def token_stats(
     uses weight.
 
     backend: "reference" is the definition, with whole [N, V] logits; "chunked", which "auto" chooses, makes tiles of
-    about 256 MB. Under a frozen weight and bias its forward also computes the gradient of each row, so that the
-    backward does not touch the weight, which may be partitioned away by then (ZeRO-3); under a trainable one the
-    backward reads weight, bias and ref_weight again, which must be gathered by then.
+    about 256 MB; "triton" (CUDA, not float64) is chunked with one kernel in place of the elementwise PyTorch on a tile,
+    or, for small H and no unit gradient, logits that never leave the registers. Under a frozen weight and bias the
+    forward of the latter two also computes the gradient of each row, so that the backward does not touch the weight,
+    which may be partitioned away by then (ZeRO-3); under a trainable one the backward reads weight, bias and ref_weight
+    again, which must be gathered by then.
 
     Raises ValueError for shapes, dtypes, devices and backends that do not fit, ref_weight or kl_rows without
     ref_hidden, and on the CPU for a target outside of [0, V); on CUDA that is a device-side assertion, without a sync.
@@ -60,25 +69,33 @@ def token_stats(
     with torch.autocast(hidden.device.type, enabled=False):
         if name == "reference":
             return reference.stats(x)
-        return _chunked(x._replace(kl_rows=None if kl_rows is None else kl_rows.cpu()))
+        return _fused(_backend(name), x._replace(kl_rows=None if kl_rows is None else kl_rows.cpu()))
 
 
-def _chunked(x: Inputs) -> TokenStats:
+def _backend(name: str) -> ModuleType:
+    if name == "chunked":
+        return chunked
+    from fastpo_kernels.token_stats import launch  # Triton is imported on first use
+
+    return launch
+
+
+def _fused(backend: ModuleType, x: Inputs) -> TokenStats:
     trains_head = any(t is not None and t.requires_grad for t in (x.weight, x.bias))
     unit_gradient = torch.is_grad_enabled() and x.hidden.requires_grad and not trains_head
-    return TokenStats(*_Chunked.apply(unit_gradient, *x))  # pyright: ignore[reportGeneralTypeIssues]
+    return TokenStats(*_Fused.apply(backend, unit_gradient, *x))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-class _Chunked(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     """Keeps the head itself, not a saved copy of its data: under ZeRO-3 that is empty between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, unit_gradient: bool, *args: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, backend: ModuleType, unit_gradient: bool, *args: Any) -> tuple[Tensor | None, ...]:
         x = Inputs(*args)
-        stats, unit = chunked.forward(x, unit_gradient)
+        stats, unit = backend.forward(x, unit_gradient)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in (stats.ref_logp, stats.entropy) if t is not None))
-        ctx.dtype = x.hidden.dtype
+        ctx.backend, ctx.dtype = backend, x.hidden.dtype
         ctx.inputs = None
         if unit is not None:
             ctx.save_for_backward(*unit)
@@ -98,9 +115,9 @@ class _Chunked(torch.autograd.Function):
             names = zip(("hidden", "target", "ref_hidden"), ctx.saved_tensors, strict=True)
             x = ctx.inputs._replace(**dict(names))
             with torch.autocast(x.hidden.device.type, enabled=False):
-                hidden, weight, bias = chunked.backward(x, g_logp, g_kl, ctx.needs_input_grad[1:4])
+                hidden, weight, bias = ctx.backend.backward(x, g_logp, g_kl, ctx.needs_input_grad[2:5])
             weight, bias = (None if g is None else g.to(ctx.dtype) for g in (weight, bias))
-        return None, hidden, weight, bias, *(None,) * (len(Inputs._fields) - 3)
+        return None, None, hidden, weight, bias, *(None,) * (len(Inputs._fields) - 3)
 
 
 def _check(x: Inputs) -> None:

@@ -6,7 +6,7 @@ GEMM passes, one being 2 N H V floating-point operations:
     trainable head, backward  logits 1, reference logits 1 for the rows with KL, d hidden 1, d weight 1
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,16 +30,22 @@ class UnitGradient(NamedTuple):
     kl_at: Tensor | None = None  # [n] int64, the rows of kl
 
 
-def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, UnitGradient | None]:
+Chunk = Callable[[Inputs, torch.dtype | None], tuple[TokenStats, tuple[Tensor | None, Tensor | None]]]
+DLogits = Callable[[Inputs, Tensor, Tensor], Tensor]
+
+
+def forward(x: Inputs, unit_gradient: bool, chunk: Chunk | None = None) -> tuple[TokenStats, UnitGradient | None]:
     """Statistics and, where asked for, the unit gradient: all that the backward of a frozen head needs.
 
     It is kept in bf16 for bf16 operands, as large as hidden itself, but in fp32 for fp16: u of a confident token (about
     1e-3 x 2e-2) is subnormal there, and the loss scale is multiplied in only later.
+    chunk: what computes some rows; None: eager PyTorch.
     """
+    chunk = chunk or _chunk
     whole = _operands(x)
     wide = accumulator(x.hidden.dtype)
     keep = (torch.bfloat16 if x.hidden.dtype == torch.bfloat16 else wide) if unit_gradient else None
-    chunks = [_chunk(_take(whole, at), keep) for at in _split(torch.arange(len(x.hidden)), x)]
+    chunks = [chunk(_take(whole, at), keep) for at in _split(torch.arange(len(x.hidden)), x)]
     stats, units = zip(*chunks, strict=True)
     joined = TokenStats(*map(_cat, zip(*stats, strict=True)))  # pyright: ignore[reportArgumentType]  # logp is a Tensor
     u, k = map(_cat, zip(*units, strict=True))
@@ -58,12 +64,18 @@ def unit_backward(unit: UnitGradient, g_logp: Tensor | None, g_kl: Tensor | None
 
 
 def backward(
-    x: Inputs, g_logp: Tensor | None, g_kl: Tensor | None, wanted: Sequence[bool]
+    x: Inputs,
+    g_logp: Tensor | None,
+    g_kl: Tensor | None,
+    wanted: Sequence[bool],
+    d_logits: DLogits | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias (those `wanted`), the latter two in fp32, by recomputing the logits.
 
     g_logp, g_kl: [N] or None. A row whose coefficients are exactly 0 enters no GEMM; finding them costs one sync.
+    d_logits: what computes the gradient of some rows at h W^T + b; None: eager PyTorch.
     """
+    d_logits = d_logits or _d_logits
     whole, wide, device = _operands(x), accumulator(x.hidden.dtype), x.hidden.device
     zeros = torch.zeros(len(x.hidden), dtype=wide, device=device)
     g_logp, g_kl = (zeros if g is None else g for g in (g_logp, g_kl))
@@ -76,12 +88,12 @@ def backward(
     d_bias = torch.zeros(len(x.weight), dtype=wide, device=device) if wanted[2] else None
     for at in _split(has_logp.nonzero()[:, 0], x):
         part, here = _take(whole, at), at.to(device)
-        tile = _d_logits(part, g_logp[here] / x.temperature, g_kl[here] / x.temperature)
+        tile = d_logits(part, g_logp[here], g_kl[here])
         if d_bias is not None:
-            d_bias += tile.sum(0)
+            d_bias += tile.sum(0, dtype=wide)
         tile = tile.to(whole.weight.dtype)
         if d_hidden is not None:
-            d_hidden[here] = _mm(tile, whole.weight).to(d_hidden.dtype)
+            d_hidden[here] = mm(tile, whole.weight).to(d_hidden.dtype)
         if d_weight is not None:
             _add_mm(d_weight, tile.t(), part.hidden)
     return d_hidden, d_weight, d_bias
@@ -124,7 +136,8 @@ def _d_logp(p: Tensor, logp: Tensor, target: Tensor) -> Tensor:
 
 
 def _d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor) -> Tensor:
-    """[n, V] gradient of sum(g_logp logp + g_kl kl) at h W^T + b, but for the temperature."""
+    """[n, V] gradient of sum(g_logp logp + g_kl kl) at h W^T + b."""
+    g_logp, g_kl = g_logp / x.temperature, g_kl / x.temperature
     z = _logits(x.hidden, x.weight, x)
     slope, log_p = _slope(z, x), z.log_softmax(-1)
     p = log_p.exp()
@@ -140,7 +153,7 @@ def _d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor) -> Tensor:
 def _pull_back(tile: Tensor, slope: Tensor | None, x: Inputs) -> Tensor:
     """[n, V] gradient at the logits, overwritten -> [n, H] gradient at hidden."""
     tile = tile if slope is None else tile.mul_(slope)
-    return _mm(tile.to(x.weight.dtype), x.weight).div_(x.temperature)
+    return mm(tile.to(x.weight.dtype), x.weight).div_(x.temperature)
 
 
 def _log_probs(x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -156,7 +169,7 @@ def _log_probs(x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def _logits(hidden: Tensor, weight: Tensor, x: Inputs) -> Tensor:
     """[n, V] fp32 (float64 for float64) softcap * tanh((h W^T + b) / softcap) / temperature."""
-    z = _mm(hidden, weight.t())
+    z = mm(hidden, weight.t())
     if x.bias is not None:
         z += x.bias
     if x.softcap is not None:
@@ -169,7 +182,7 @@ def _slope(logits: Tensor, x: Inputs) -> Tensor | None:
     return None if x.softcap is None else 1 - (logits * (x.temperature / x.softcap)).square_()
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
+def mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in fp32 from half operands, which only CUDA multiplies (elsewhere _operand has made them fp32)."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.mm(a, b)
 

@@ -1,0 +1,257 @@
+"""token_stats with Triton: which kernel runs where, and how it is launched.
+
+Two ways to the statistics. "tile" is chunked's: cuBLAS writes fp32 logits of some rows, `kernel.rows` reads them once
+or twice and leaves their gradient in their place for the next GEMM. "register" is `kernel.head`: the logits never leave
+the registers, and so there is nothing to take a gradient from.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo_kernels.token_stats import chunked, kernel
+from fastpo_kernels.token_stats.reference import Inputs
+from fastpo_kernels.types import TokenStats
+
+# Where the "register" way is taken: fp16 or bf16, no unit gradient, H up to this and a multiple of BLOCK_H. A paper
+# analysis, not a measurement: a bf16 tile's traffic costs 59 % of a GEMM pass at H = 896 and 15 % at 3584 (H100, 3.0
+# TB/s), an fp32 one's twice that, and Triton's GEMM was taken to reach 70-85 % of cuBLAS.
+REGISTER_SIZE = 2048
+BLOCK_H = 64
+
+
+class Config(NamedTuple):
+    block_n: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+# Of `kernel.head`, by (TMA, the reference's head). Chosen by what the compiler reports, none of it timed: no spilled
+# bytes and, without TMA, at most the 99 KiB of shared memory of sm_86 and sm_89 (sm_80 has 163, sm_90 227).
+HEAD = {
+    (True, "none"): Config(128, 256, 8, 3),
+    (True, "shared"): Config(64, 128, 8, 4),
+    (True, "own"): Config(64, 128, 8, 4),
+    (False, "none"): Config(128, 128, 8, 3),
+    (False, "shared"): Config(64, 64, 8, 3),
+    (False, "own"): Config(64, 64, 8, 3),
+}
+ROWS_BLOCK, ROWS_WARPS = 4096, 8
+MERGE_BLOCK, MERGE_WARPS = 128, 4
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is given: what `run` launches, and what a test compiles ahead of time."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+
+
+def run(launch: Launch) -> None:
+    launch.kernel[launch.grid](**launch.args, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, chunked.UnitGradient | None]:
+    """See chunked.forward."""
+    if unit_gradient or not _registers_fit(x):
+        return chunked.forward(x, unit_gradient, chunk)
+    return register_stats(x, *_device(x.hidden.device)), None
+
+
+def backward(
+    x: Inputs, g_logp: Tensor | None, g_kl: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See chunked.backward."""
+    return chunked.backward(x, g_logp, g_kl, wanted, d_logits)
+
+
+def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, tuple[Tensor | None, Tensor | None]]:
+    """Statistics of some rows; with a dtype to keep them in, also their u [n, H] and the k of those with KL."""
+    num_rows, kl_rows = len(x.hidden), 0 if x.kl_rows is None else int(x.kl_rows.sum())
+    order = torch.arange(num_rows) if x.kl_rows is None else (~x.kl_rows).to(torch.int8).argsort(stable=True)
+    z, ref_z = _products(x, order)
+    stats = torch.empty(4, num_rows, device=z.device)
+    u, k = (None if keep is None or t is None else in_place(t, x.weight.dtype) for t in (z, ref_z))
+    k = None if x.kl_rows is None else k
+    run(rows(z, ref_z, x, order.argsort(), kl_rows, u=u, k=k, stats=stats))
+    logp, ref_logp, kl, entropy = stats
+    has_kl = x.kl_rows is not None
+    joined = TokenStats(logp, None if ref_z is None else ref_logp, kl if has_kl else None, entropy)
+    u, k = (None if g is None else chunked.mm(g, x.weight).to(keep) for g in (u, None if k is None else k[:kl_rows]))
+    return joined, (u, k)
+
+
+def d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor) -> Tensor:
+    """[n, V] gradient of sum(g_logp logp + g_kl kl) at h W^T + b, in the operand dtype."""
+    order = torch.arange(0) if x.kl_rows is None else x.kl_rows.nonzero()[:, 0]
+    slot = torch.full((len(x.hidden),), len(order))
+    slot[order] = torch.arange(len(order))
+    z, ref_z = _products(x._replace(ref_hidden=x.ref_hidden if len(order) else None), order)
+    u = in_place(z, x.weight.dtype)
+    run(rows(z, ref_z, x, slot, len(order), u=u, g_logp=g_logp, g_kl=g_kl))
+    return u
+
+
+def _products(x: Inputs, order: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[n, V] h W^T in fp32, and [len(order), V] that of the reference's rows `order`."""
+    if x.ref_hidden is None:
+        return chunked.mm(x.hidden, x.weight.t()), None
+    ref_hidden = x.ref_hidden[order.to(x.hidden.device)]
+    if x.ref_weight is not None:
+        return chunked.mm(x.hidden, x.weight.t()), chunked.mm(ref_hidden, x.ref_weight.t())
+    z = chunked.mm(torch.cat([x.hidden, ref_hidden]), x.weight.t())  # one tiling: see chunked
+    return z[: len(x.hidden)], z[len(x.hidden) :]
+
+
+def in_place(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, V] of an operand dtype at the head of each fp32 row."""
+    return z.view(dtype)[:, : z.shape[1]]
+
+
+def rows(
+    z: Tensor,
+    ref_z: Tensor | None,
+    x: Inputs,
+    slot: Tensor,
+    kl_rows: int,
+    *,
+    u: Tensor | None = None,
+    k: Tensor | None = None,
+    g_logp: Tensor | None = None,
+    g_kl: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> Launch:
+    """z: [n, V] fp32; ref_z: [m, V]; slot: [n] int64 on the host. The other names are those of `kernel.rows`."""
+    args = {
+        "z_ptr": z,
+        "ref_ptr": ref_z,
+        "u_ptr": u,
+        "k_ptr": k,
+        "bias_ptr": x.bias,
+        "target_ptr": x.target,
+        "slot_ptr": slot.to(z.device),
+        "g_logp_ptr": g_logp,
+        "g_kl_ptr": g_kl if ref_z is not None else None,
+        "stats_ptr": stats,
+        "V": z.shape[1],
+        "ref_rows": 0 if ref_z is None else len(ref_z),
+        "kl_rows": kl_rows,
+        "softcap": x.softcap,
+        "sharpness": 1 / x.temperature,
+        "stride": 0 if u is None else u.stride(0),
+        "BLOCK": ROWS_BLOCK,
+    }
+    return Launch(kernel.rows, (len(z),), args, ROWS_WARPS)
+
+
+def register_stats(x: Inputs, tma: bool, processors: int) -> TokenStats:
+    """TokenStats without a gradient. processors: of the GPU; the vocabulary is split so that all have work."""
+    num_rows, device = len(x.hidden), x.hidden.device
+
+    def sweep(part: Inputs) -> Tensor:
+        """[4, n] logp, ref_logp, KL, entropy; the inner two only with a reference."""
+        stats = torch.empty(4, len(part.hidden), device=device)
+        for launch in registers(part, stats, tma, processors):
+            run(launch)
+        return stats
+
+    stats = torch.zeros(4, num_rows, device=device)
+    wants_kl = torch.zeros(num_rows, dtype=torch.bool) if x.kl_rows is None else x.kl_rows
+    both, rest = (mask.nonzero()[:, 0].to(device) for mask in (wants_kl, ~wants_kl))
+    if len(both):
+        stats[:, both] = sweep(_rows(x, both))
+    if len(rest):
+        policy = _rows(x._replace(ref_hidden=None, ref_weight=None), rest)
+        ref_hidden = policy.hidden[:0] if x.ref_hidden is None else x.ref_hidden[rest]
+        if x.ref_weight is None:  # one launch reads the head once
+            policy = policy._replace(
+                hidden=torch.cat([policy.hidden, ref_hidden]), target=policy.target.repeat(1 + bool(len(ref_hidden)))
+            )
+        logp, _, _, entropy = sweep(policy)
+        stats[0, rest], stats[3, rest] = logp[: len(rest)], entropy[: len(rest)]
+        if x.ref_weight is not None:
+            logp = sweep(policy._replace(hidden=ref_hidden, weight=x.ref_weight))[0]
+        if x.ref_hidden is not None:
+            stats[1, rest] = logp[-len(rest) :]
+    logp, ref_logp, kl, entropy = stats
+    return TokenStats(logp, None if x.ref_hidden is None else ref_logp, None if x.kl_rows is None else kl, entropy)
+
+
+def _rows(x: Inputs, at: Tensor) -> Inputs:
+    return x._replace(
+        hidden=x.hidden[at],
+        target=x.target[at],
+        ref_hidden=None if x.ref_hidden is None else x.ref_hidden[at],
+    )
+
+
+def registers(x: Inputs, stats: Tensor, tma: bool, processors: int) -> tuple[Launch, Launch]:
+    """`kernel.head` and `kernel.merge`, which fill stats [4, N]."""
+    from triton import cdiv
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (num_rows, size), vocabulary = x.hidden.shape, len(x.weight)
+    reference = "none" if x.ref_hidden is None else "shared" if x.ref_weight is None else "own"
+    config = HEAD[tma, reference]
+    blocks, tiles = cdiv(num_rows, config.block_n), cdiv(vocabulary, config.block_v)
+    tiles_per_split = cdiv(tiles, min(tiles, cdiv(2 * processors, blocks)))
+    splits = cdiv(tiles, tiles_per_split)
+    part = torch.empty(4 if reference == "none" else 8, splits, num_rows, device=stats.device)
+
+    def operand(t: Tensor | None, block: int) -> Any:
+        t = None if t is None else t.contiguous()
+        return t if t is None or not tma else TensorDescriptor.from_tensor(t, [block, BLOCK_H])
+
+    args = {
+        "x": operand(x.hidden, config.block_n),
+        "w": operand(x.weight, config.block_v),
+        "ref_x": operand(x.ref_hidden, config.block_n),
+        "ref_w": operand(x.ref_weight, config.block_v),
+        "bias_ptr": x.bias,
+        "target_ptr": x.target,
+        "part_ptr": part,
+        "N": num_rows,
+        "H": size,
+        "V": vocabulary,
+        "softcap": x.softcap,
+        "sharpness": 1 / x.temperature,
+        "tiles": tiles_per_split,
+        "BLOCK_N": config.block_n,
+        "BLOCK_V": config.block_v,
+        "BLOCK_H": BLOCK_H,
+        "TMA": tma,
+    }
+    merge_args = {
+        "part_ptr": part,
+        "stats_ptr": stats,
+        "N": num_rows,
+        "splits": splits,
+        "REF": reference != "none",
+        "BLOCK": MERGE_BLOCK,
+    }
+    return (
+        Launch(kernel.head, (blocks, splits), args, config.num_warps, config.num_stages),
+        Launch(kernel.merge, (cdiv(num_rows, MERGE_BLOCK),), merge_args, MERGE_WARPS),
+    )
+
+
+def _registers_fit(x: Inputs) -> bool:
+    """Whether logits can stay in registers, and should (REGISTER_SIZE)."""
+    size = x.hidden.shape[1]
+    heads = [w for w in (x.weight, x.ref_weight) if w is not None]
+    aligned = all(w.data_ptr() % 16 == 0 for w in heads)  # TMA's need; a view into ZeRO's flat buffer may lack it
+    return x.hidden.dtype in chunked.HALF and size <= REGISTER_SIZE and size % BLOCK_H == 0 and aligned
+
+
+def _device(device: torch.device) -> tuple[bool, int]:
+    """Whether it has TMA (sm_90), and its number of processors."""
+    if device.type != "cuda":  # Triton's interpreter
+        return False, 2
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9, properties.multi_processor_count

@@ -1,0 +1,156 @@
+"""Checks of token_stats' Triton kernels on the CPU, run by test_triton_token_stats.py where TRITON_INTERPRET is set.
+
+Triton reads that variable as it defines kernels, so that a process has either interpreted or compiled ones.
+"""
+
+import itertools
+import sys
+
+import torch
+from torch import Tensor
+
+from fastpo_kernels import token_stats
+from fastpo_kernels.testing import max_error, nan_scratch
+from fastpo_kernels.token_stats import chunked, launch
+from fastpo_kernels.token_stats.reference import Inputs, stats
+
+N, V = 5, 531  # no multiple of a block
+EPS = 2e-6  # of fp32 logits of a few units
+FLOATS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight")
+SOME = torch.arange(N) % 3 == 1
+
+
+def rounded(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (scale * made).to(dtype)
+
+
+def problem(size: int, dtype: torch.dtype, *, own: bool, extras: bool, kl_rows: Tensor | None) -> Inputs:
+    return Inputs(
+        hidden=rounded(0, N, size, dtype=dtype),
+        weight=rounded(1, V, size, dtype=dtype, scale=2 / size**0.5),
+        bias=rounded(2, V, dtype=dtype) if extras else None,
+        target=torch.tensor([0, V - 1, 511, 512, 256]),  # both sides of the edges of blocks
+        ref_hidden=rounded(3, N, size, dtype=dtype),
+        ref_weight=rounded(4, V, size, dtype=dtype, scale=2 / size**0.5) if own else None,
+        kl_rows=kl_rows,
+        softcap=3.0 if extras else None,
+        temperature=0.7 if extras else 1.0,
+    )
+
+
+def exact(x: Inputs) -> Inputs:
+    return x._replace(**{k: None if getattr(x, k) is None else getattr(x, k).double() for k in FLOATS})
+
+
+def check(got: object, want: object, bound: float, what: str) -> None:
+    assert isinstance(got, Tensor) == isinstance(want, Tensor), f"{what}: {got} for {want}"
+    if isinstance(got, Tensor) and isinstance(want, Tensor):
+        error = max_error(got, want)
+        assert error <= bound * (1 + want.abs().max().item()), f"{what}: error {error:.3g}"
+
+
+def check_registers() -> None:
+    """Values where logits stay in registers, with and without TMA descriptors."""
+    cases = itertools.product((torch.float32, torch.float16), (False, True), (None, SOME))
+    for at, (dtype, tma, kl_rows) in enumerate(cases):
+        own = tma == (dtype == torch.float32)
+        x = problem(launch.BLOCK_H * (1 + at % 2), dtype, own=own, extras=at % 3 > 0, kl_rows=kl_rows)
+        with nan_scratch():
+            got = launch.register_stats(x, tma, processors=1)
+        for name, mine, want in zip(got._fields, got, stats(exact(x)), strict=True):
+            check(mine, want, EPS, f"registers {dtype} tma={tma} own={own} kl={kl_rows is not None}: {name}")
+
+
+def gradients(x: Inputs, trained: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+    leaves = {k: getattr(x, k).clone().requires_grad_() for k in trained}
+    given = x._replace(**leaves)._asdict()
+    with nan_scratch():
+        out = token_stats(given.pop("hidden"), given.pop("weight"), given.pop("target"), backend=backend, **given)
+        loss = (out.logp * rounded(6, N, dtype=out.logp.dtype)).sum()
+        loss = loss if out.kl is None else loss + (out.kl * rounded(7, N, dtype=out.logp.dtype)).sum()
+        loss.backward()
+    made = {k: v.detach() for k, v in out._asdict().items() if v is not None}
+    return made | {f"d {k}": leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
+
+
+def check_tiles() -> None:
+    """Values and gradients of the public function over fp32 tiles, frozen and trainable head, in several chunks."""
+    cases = itertools.product((("hidden",), ("hidden", "weight")), (False, True), (None, SOME))
+    for at, (trained, own, kl_rows) in enumerate(cases):
+        extras = at % 3 > 0
+        x = problem(11, torch.float32, own=own, extras=extras, kl_rows=kl_rows)
+        trained = (*trained, "bias") if extras and len(trained) > 1 else trained
+        got, want = gradients(x, trained, "triton"), gradients(exact(x), trained, "reference")
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            check(got[name], value, EPS, f"tiles trained={trained} own={own} kl={kl_rows is not None}: {name}")
+
+
+def check_half_tiles_in_place() -> None:
+    """The half rows that replace fp32 ones are those of the fp32 kernel, rounded."""
+    x = problem(11, torch.float32, own=True, extras=True, kl_rows=SOME)
+    order = torch.cat([SOME.nonzero()[:, 0], (~SOME).nonzero()[:, 0]])
+    made = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        z, ref_z = x.hidden @ x.weight.t(), x.ref_hidden[order] @ x.ref_weight.t()
+        u, k = launch.in_place(z, dtype), launch.in_place(ref_z, dtype)
+        launch.run(launch.rows(z, ref_z, x, order.argsort(), int(SOME.sum()), u=u, k=k))
+        made[dtype] = u, k[: int(SOME.sum())]
+    for dtype, ulp in ((torch.float16, 0.0), (torch.bfloat16, 2**-7)):  # the interpreter truncates to bf16
+        for mine, want in zip(made[dtype], made[torch.float32], strict=True):
+            torch.testing.assert_close(mine, want.to(dtype), rtol=ulp, atol=0.0)
+
+
+def check_near_the_reference() -> None:
+    """A KL of 1e-4 keeps three digits in either way; one of equal models is 0."""
+    x = problem(64, torch.float32, own=False, extras=False, kl_rows=torch.ones(N, dtype=torch.bool))
+    x = x._replace(ref_hidden=x.hidden + 0.01 * rounded(8, N, 64, dtype=torch.float32))
+    want = stats(exact(x)).kl
+    assert want is not None and 1e-5 < want.min() and want.max() < 1e-3
+    for way, got in (("tile", launch.forward(x, False)[0].kl), ("registers", launch.register_stats(x, True, 1).kl)):
+        assert got is not None
+        assert ((got - want) / want).abs().max() < 1e-3, f"{way}: {got} for {want}"
+    same = x._replace(ref_hidden=x.hidden)
+    got = launch.register_stats(same, False, 1).kl
+    assert got is not None and got.abs().max() < 1e-9
+
+
+def check_confident_and_far() -> None:
+    """1 - p(target) of confident tokens, a model far from the reference, and logits shifted against it by 200."""
+    x = problem(33, torch.float32, own=True, extras=False, kl_rows=torch.ones(N, dtype=torch.bool))
+    shifted = {k: getattr(x, k).clone() for k in ("hidden", "weight", "ref_weight")}
+    for name, value in {"hidden": 200, "weight": 1, "ref_weight": 1}.items():
+        shifted[name][:, 0] = value
+    toward = x.weight[x.target] / x.weight[x.target].square().sum(-1, keepdim=True)
+    for name, case in {
+        "confident": x._replace(hidden=20 * toward + 0.1 * x.hidden),
+        "far": x._replace(hidden=6 * x.hidden, ref_hidden=-6 * x.hidden),
+        "shifted": x._replace(**shifted),
+    }.items():
+        got, want = gradients(case, ("hidden",), "triton"), gradients(exact(case), ("hidden",), "reference")
+        for key, value in want.items():
+            check(got[key], value, 5 * EPS, f"{name}: {key}")
+        if name == "confident":
+            off = ((got["logp"] - want["logp"]) / want["logp"]).abs().max().item()
+            assert want["logp"].max() > -1e-3 and off < 5e-3, f"confident: logp off by {off:.2g} of itself"
+
+
+def check_no_rows() -> None:
+    x = problem(64, torch.float32, own=True, extras=False, kl_rows=SOME[:0])
+    x = x._replace(hidden=x.hidden[:0], target=x.target[:0], ref_hidden=rounded(3, 0, 64, dtype=torch.float32))
+    assert [t.shape for t in launch.register_stats(x, False, 1)] == [(0,)] * 4
+    hidden = x.hidden.clone().requires_grad_()
+    token_stats(hidden, x.weight, x.target, backend="triton").logp.sum().backward()
+    assert hidden.grad is not None and hidden.grad.shape == (0, 64)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # the attribute of that name is the function
+    sys.modules["fastpo_kernels.token_stats"].RUNS["triton"] = lambda hidden: True
+    chunked.TILE_BYTES = 3 * V * 4  # 3 rows of 5
+    launch.ROWS_BLOCK = 256  # 3 blocks, the last of which is not full
+    for name in sys.argv[1:] or [name for name in globals() if name.startswith("check_")]:
+        globals()[name]()
+        print(name, flush=True)

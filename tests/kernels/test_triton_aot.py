@@ -1,0 +1,75 @@
+"""Every kernel and configuration of the launch table, compiled for GPUs that are not here."""
+
+import pytest
+import torch
+
+from fastpo_kernels.testing_aot import SHARED_LIMIT, cost
+from fastpo_kernels.token_stats import launch
+from fastpo_kernels.token_stats.reference import Inputs
+
+N, H, V = 441, 896, 151936
+CAPABILITY = {False: 80, True: 90}  # of a configuration without and with TMA
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def inputs(reference, *, extras=True):
+    """extras: the bias and the softcap, which cost registers."""
+    return Inputs(
+        hidden=meta(N, H),
+        weight=meta(V, H),
+        bias=meta(V) if extras else None,
+        target=meta(N, dtype=torch.int64),
+        ref_hidden=None if reference == "none" else meta(N, H),
+        ref_weight=meta(V, H) if reference == "own" else None,
+        kl_rows=None,
+        softcap=30.0 if extras else None,
+        temperature=1.0,
+    )
+
+
+STATS = meta(4, N, dtype=torch.float32)
+
+
+def compiled(made, capability):
+    found = cost(made.kernel, made.args, capability, num_warps=made.num_warps, num_stages=made.num_stages)
+    name = f"{made.kernel.fn.__name__} sm_{capability} {[v for k, v in made.args.items() if k.startswith('BLOCK')]}"
+    print(f"{name}: {found.registers} registers, {found.spilled} B spilled, {found.shared} B shared")
+    assert found.spilled == 0, f"{name} spills {found.spilled} bytes"
+    assert found.shared <= SHARED_LIMIT[capability], f"{name} wants {found.shared} bytes of shared memory"
+    return found
+
+
+@pytest.mark.parametrize("tma, reference", launch.HEAD)
+def test_head(tma, reference):
+    head, merge = launch.registers(inputs(reference), STATS, tma, processors=132)
+    found = compiled(head, CAPABILITY[tma])
+    assert ("wgmma" in found.ptx) == tma and ("mma.sync" in found.ptx) == (not tma)
+    assert ("cp.async.bulk.tensor" in found.ptx) == tma  # the descriptor, not a loop of plain loads
+    compiled(merge, CAPABILITY[tma])
+
+
+def test_figures_are_of_the_launch_that_runs():
+    """What Triton is not told about its arguments costs the copies that bypass the registers."""
+    made = launch.registers(inputs("none", extras=False), STATS, False, processors=132)[0]
+    assert "cp.async" in compiled(made, 80).ptx
+    odd = made._replace(args=made.args | {"H": H - 1})
+    assert "cp.async" not in cost(odd.kernel, odd.args, 80, num_warps=odd.num_warps, num_stages=odd.num_stages).ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("what", ["statistics", "unit", "backward"])
+def test_rows(capability, what):
+    x, z, slot = inputs("own"), meta(N, V, dtype=torch.float32), torch.arange(N)
+    u = launch.in_place(z, torch.bfloat16)
+    written = {
+        "statistics": {"stats": STATS},
+        "unit": {"stats": STATS, "u": u, "k": u},
+        "backward": {"u": u, "g_logp": STATS[0], "g_kl": STATS[0]},
+    }
+    ptx = compiled(launch.rows(z, z, x, slot, N // 2, **written[what]), capability).ptx
+    if what != "statistics":  # gradients go where other threads have just read logits: a barrier lies between
+        loads = ptx[: ptx.rindex("st.global")]
+        assert "bar.sync" in loads[loads.rindex("ld.global") :]
