@@ -170,14 +170,16 @@ def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) 
     policy = engine.policy
     if policy.mode != "cache":
         return lambda batch: batch
+    if feed.rank == 0:
+        reference.open_cache(run, with_hidden=policy.wants_kl)
+    dist.barrier()
     folder = reference.open_cache(run, with_hidden=policy.wants_kl)
     names = {s.key: reference.sample_name(s, e) for t in tables for s, e in zip(t.samples, t.encoded, strict=True)}
-    dist.barrier()
+    missing = [[i for i, s in enumerate(t.samples) if not (folder / names[s.key]).exists()] for t in tables]
+    dist.barrier()  # every rank has looked before the first one writes
     engine.train(False)
-    for table in tables:
-        missing = [i for i, s in enumerate(table.samples) if not (folder / names[s.key]).exists()]
-        steps = [missing[i : i + run.batch.prompts] for i in range(0, len(missing), run.batch.prompts)]
-        dist.barrier()  # every rank has looked before the first one writes
+    for table, lacking in zip(tables, missing, strict=True):
+        steps = [lacking[i : i + run.batch.prompts] for i in range(0, len(lacking), run.batch.prompts)]
         for window in feed.windows(table, steps):
             for batch in window:
                 logp, hidden = engine.record(batch.to(engine.device))

@@ -159,7 +159,7 @@ def test_adapter_loads_with_plain_peft_and_merges_to_the_same_model(base, demo, 
     base_logits = AutoModelForImageTextToText.from_pretrained(demo / "model").eval()(input_ids=ids).logits
     logits = adapted(input_ids=ids).logits
     torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
-    assert float((logits - base_logits).abs().max()) > 1e-2
+    assert float((logits - base_logits).abs().max().detach()) > 1e-2
 
 
 def test_full_fine_tuning_with_a_copy_trains_every_part_and_saves_a_plain_model(demo, tmp_path):
@@ -196,7 +196,7 @@ def test_bad_samples_stop_the_run_or_are_listed(demo, tmp_path):
     run(demo, tmp_path / "skip", f"data.train.path={data}", "data.on_bad_sample=skip", "optim.steps=3")
     listed = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
     assert len(listed) == 2 and "broken.mp4" in listed[1]["reason"]
-    table[1] |= {"answer": "The pole is blue now."} | {"answer_masked": "The ring is <MASK> blue now </MASK>."}
+    table[1] |= {"answer": "The pole is blue now."} | {"answer_masked": "The pole is <MASK> blue now </MASK>."}
     data.write_text(json.dumps(table))
     with pytest.raises(BadSample, match=r"broken.mp4"):
         run(demo, tmp_path / "decode", f"data.train.path={data}", "data.workers=1")
