@@ -122,10 +122,10 @@ def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(base, demo, tmp_p
 
 
 def test_sigterm_saves_and_exits_with_0(demo, tmp_path):
-    line = command(demo, tmp_path, "optim.steps=500", "data.workers=1")
-    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    line = command(demo, tmp_path, "optim.steps=500")
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     wait_for(tmp_path / "metrics.jsonl", process, lambda file: file.read_text().count("\n") >= 2)
-    os.killpg(process.pid, signal.SIGTERM)  # loader workers get it too
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM" in output
     last = rows(tmp_path)[-1]["step"]

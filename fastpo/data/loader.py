@@ -4,7 +4,6 @@ Which samples a step holds follows from (seed, epoch, step) alone, so that a res
 """
 
 import random
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,7 +74,6 @@ class Feed:
             source,
             batch_size=None,
             num_workers=self.data.workers,
-            worker_init_fn=_outlive_sigterm,
             collate_fn=_same,  # pyright: ignore[reportArgumentType]
         )
         decoded = iter(loader)
@@ -131,11 +129,6 @@ class _Rows(Dataset):
 
 def _same(batch: MicroBatch | BadSample) -> MicroBatch | BadSample:
     return batch
-
-
-def _outlive_sigterm(_: int) -> None:
-    """Schedulers signal every process of a job; workers have to live until the main process has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _best(sample: Sample) -> Sample:
