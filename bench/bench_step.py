@@ -75,12 +75,12 @@ def plain_step(job):
     """Padded rows of the better and of the worse responses, one vision encode and one forward with full logits each."""
     job.plain.zero_grad()
     model = job.plain.get_base_model()
-    encoded, pixels = job.encoded, job.batch.pixels
+    encoded, pixels, grid = job.encoded, job.batch.pixels, job.batch.grid
     weights = iter(job.batch.segments.weight.split([len(r) for e in encoded for r in e.responses]))
     phrase = [[next(weights) for _ in e.responses] for e in encoded]
 
     def logits(side):
-        tokens = llava_video.vision(model, job.processor, pixels)
+        tokens = llava_video.vision(model, job.processor, pixels, grid)
         rows = [torch.cat([e.prompt, e.responses[side]]) for e in encoded]
         longest = max(map(len, rows))
         ids = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])

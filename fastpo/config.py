@@ -68,7 +68,8 @@ class Data(Section):
     train: Source
     eval: Source | None = None
     media_root: Path = Path(".")
-    frames: Count = 16
+    frames: Count = 16  # of a video; with fps: at most that many
+    fps: Positive | None = None
     on_bad_sample: Literal["error", "skip"] = "error"
     workers: Annotated[int, Field(ge=0)] = 2
     synthetic: Path | None = None  # write the built-in demo data here first, if it is not there yet

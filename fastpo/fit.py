@@ -29,7 +29,7 @@ from fastpo.engine import Engine, init_distributed, sharded_loading
 from fastpo.models import FAMILIES, trainable
 from fastpo.models.policy import Policy
 from fastpo.plugins import resolve
-from fastpo.sample import MicroBatch
+from fastpo.sample import MicroBatch, Sampling
 from fastpo.step import eval_pass, meter_for, train_step
 from fastpo_kernels import losses
 
@@ -122,10 +122,11 @@ def make_data(run: Run) -> None:
 def make_feed(run: Run, rank: int, ranks: int) -> Feed:
     family = FAMILIES[run.model.family]
     processor = family.processor(run.model)
+    sampling = Sampling(frames=run.data.frames, fps=run.data.fps)
     return Feed(
         data=run.data,
-        encode=partial(family.encode, processor, frames=run.data.frames),
-        pixels=partial(family.pixels, processor, frames=run.data.frames),
+        encode=partial(family.encode, processor, sampling=sampling),
+        pixels=partial(family.pixels, processor, sampling=sampling),
         blank=family.blank(processor),
         budget=run.batch.tokens,
         rank=rank,

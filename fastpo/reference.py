@@ -28,6 +28,7 @@ def open_cache(run: Run, *, with_hidden: bool) -> Path:
         "dtype": run.model.dtype,
         "pooling": run.model.pooling,
         "frames": run.data.frames,
+        "fps": run.data.fps,
         "hidden": with_hidden,
     }
     file = folder / "fingerprint.json"
@@ -67,11 +68,10 @@ def store(
 ) -> None:
     """Writes one file per sample of the batch. logp: [N]; hidden: [N, H] or None."""
     owner = batch.segments.prompt[batch.segments.owner].cpu()
-    better = batch.segments.better.cpu()
     for i, key in enumerate(batch.keys):
         tensors = {"logp": logp.cpu()[owner == i].float().contiguous()}
         if hidden is not None:
-            tensors["hidden"] = hidden.cpu()[(owner == i) & better].contiguous()
+            tensors["hidden"] = hidden.cpu()[(owner == i) & batch.better].contiguous()
         target = folder / names[key]
         save_file(tensors, target.with_suffix(".tmp"))
         target.with_suffix(".tmp").rename(target)
@@ -92,5 +92,5 @@ def attach(folder: Path, names: Mapping[str, str], batch: MicroBatch) -> MicroBa
         return replace(batch, ref_logp=logp)
     rows = torch.cat([f["hidden"] for f in files])
     hidden = rows.new_zeros(len(batch.target), rows.shape[1])
-    hidden[batch.segments.better] = rows
+    hidden[batch.better] = rows
     return replace(batch, ref_logp=logp, ref_hidden=hidden)

@@ -43,11 +43,23 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Which frames of a video are read: `frames` of them, evenly spread, or at most that many at `fps` a second."""
+
+    frames: int
+    fps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
     """One tokenised sample. Placeholders are expanded; prompt and responses are segments of the tree.
 
-    prompt: [n] int64. responses: S tensors [n_s] int64. weights: S tensors [n_s] float32 (RRPO phrase
-    mask) or None. scores: S numbers. pixels: [F, 3, h, w] uint8, or None before decoding or without media.
+    prompt: [n] int64. responses: S tensors [n_s] int64. weights: S tensors [n_s] float32 (RRPO phrase mask) or None.
+    scores: S numbers. parents: for each response the one that it continues, -1 the prompt; None: all the prompt.
+    trained: S tensors [n_s] bool, the supervised tokens; None: all. positions: [n] or, for M-RoPE, [3, n] of the
+    prompt, None: counted from 0. patches: what the vision tower reads, in patches.
+    pixels: uint8, [F, 3, h, w] or rows of patches, None before decoding or without media; grid: [items, c] int64, what
+    the family needs to know of each item (frames, height, width, ...).
     """
 
     key: str
@@ -55,8 +67,12 @@ class Encoded:
     responses: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None
     scores: tuple[float, ...]
-    frames: int
+    parents: tuple[int, ...] | None = None
+    trained: tuple[Tensor, ...] | None = None
+    positions: Tensor | None = None
+    patches: int = 0
     pixels: Tensor | None = None
+    grid: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,23 +83,29 @@ class Encoded:
 class MicroBatch:
     """One packed row.
 
-    ids, positions: [T] int64. at: [N] place in the row of the hidden state that predicts target: [N] int64.
-    pixels: [F, 3, h, w] uint8 in row order. keys: the samples; skipped: (key, reason) of those left out.
+    ids: [T]; positions: [T] or [3, T] int64. at: [N] place in the row of the hidden state that predicts target: [N]
+    int64. better: [N] bool, tokens of the better side of a pair; stays on the CPU, so that picking them does not sync.
+    pixels, grid: those of the samples, in row order. keys: the samples; skipped: (key, reason) of those left out.
     ref_logp: [N], ref_hidden: [N, H], from the reference cache (rows without KL are 0).
+    old_logp: [N], advantage: [S] (per token for some losses: [N]), from a rollout.
     """
 
     ids: Tensor
     positions: Tensor
     tree: Tree
     pixels: Tensor
+    grid: Tensor
     at: Tensor
     target: Tensor
     segments: Segments
+    better: Tensor
     keys: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     ref_logp: Tensor | None = None
     ref_hidden: Tensor | None = None
+    old_logp: Tensor | None = None
+    advantage: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "better"}
         return replace(self, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")})

@@ -50,8 +50,8 @@ def eval_pass(
 def evaluate(engine: Engine, batch: MicroBatch, objective: Callable[..., LossOut]) -> LossOut:
     """The loss of one micro-batch from the statistics that its signature asks for."""
     batch = batch.to(engine.device)
-    stats = engine.stats(batch)._asdict()
-    return objective(**{name: stats[name] for name in losses.needs(objective)}, seg=batch.segments)
+    found = engine.stats(batch)._asdict() | {name: getattr(batch, name) for name in losses.ROLLOUT}
+    return objective(**{name: found[name] for name in losses.needs(objective)}, seg=batch.segments)
 
 
 def meter_for(objective: Callable[..., LossOut], device: torch.device | str) -> Meter:

@@ -82,6 +82,17 @@ def test_two_ranks_equal_one(base, demo, tmp_path):
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["adapter_off", "cache"])
+def test_a_rank_without_samples_keeps_in_step(demo, tmp_path, mode):
+    """One prompt a step on two ranks: the other rank's micro-batch is empty."""
+    more = (f"reference.mode={mode}", "batch.prompts=1", "optim.steps=2")
+    one = run(demo, tmp_path / "one", *more)
+    subprocess.run(command(demo, tmp_path / "two", *more, ranks=2), check=True, cwd=ROOT, env=ENVIRONMENT)
+    for mine, other in zip(one, rows(tmp_path / "two"), strict=True):
+        for name in ("loss", "kl", "grad_norm"):
+            assert other[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-9)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_zero_stages_agree(base, demo, tmp_path, stage):
     out, found = base

@@ -41,8 +41,8 @@ def processor(pooling: str = "bilinear") -> SimpleNamespace:
     """What llava_video needs of a Processor beyond the tokenizer."""
     side = 4 if pooling == "bilinear" else 3
     return SimpleNamespace(
-        video_token_id=VIDEO, size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7), side=side, pooling=pooling,
-        tokens_per_frame=side * (side + 1),
+        video_token_id=VIDEO, size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7), patches=SIZE // PATCH,
+        pooling=pooling, tokens_per_frame=side * (side + 1),
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def sample(
         responses=tuple(text(n) for n in responses),
         weights=tuple((torch.rand(n, generator=generator) < 0.5).float() for n in responses),
         scores=tuple(float(-i) for i in range(len(responses))),
-        frames=frames,
+        patches=frames * (SIZE // PATCH) ** 2,
         pixels=torch.randint(0, 256, (frames, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
         if frames
         else None,

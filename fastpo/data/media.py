@@ -8,7 +8,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
-from fastpo.sample import BadSample, Media
+from fastpo.sample import BadSample, Media, Sampling
 
 try:
     import decord
@@ -70,6 +70,29 @@ def decode(media: Media, frames: int) -> np.ndarray:
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, ValueError) as error:
             _log_once(f"{media.path}: PyAV decodes it, since decord cannot: {str(error).strip()[:200]}")
     return decode_pyav(media.path, clip, wanted)
+
+
+def frame_count(media: Media, sampling: Sampling) -> int:
+    """Frames that `sampling` takes of a video, from its packets (no decoding) where it asks for a rate; 1 of an image.
+
+    Raises BadSample for a video that is broken or, under a rate, of unknown duration.
+    """
+    if media.kind == "image":
+        return 1
+    if sampling.fps is None:
+        return sampling.frames
+    return max(1, min(sampling.frames, round(duration(media.path) * sampling.fps)))
+
+
+@lru_cache(maxsize=65_536)
+def duration(path: Path) -> float:
+    """Seconds that a video lasts, from its packets. Raises BadSample where they do not say."""
+    with _opened(path) as (container, stream):
+        if container.duration:
+            return container.duration / av.time_base
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+    raise BadSample(f"{path}: its duration is not known, which data.fps needs")
 
 
 def resize(frames: np.ndarray, size: int) -> Tensor:

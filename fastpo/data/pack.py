@@ -1,6 +1,7 @@
 """Samples to micro-batches: which samples share a row, and the packed forest itself."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,43 +46,75 @@ def plan(lengths: Sequence[int], *, budget: int, ranks: int) -> list[list[list[i
 
 
 def pack(encoded: Sequence[Encoded], blank: Encoded, skipped: Sequence[tuple[str, str]] = ()) -> MicroBatch:
-    """One row: each prompt is a root segment, its responses are children that continue its positions.
+    """One row: each prompt is a root segment, a response is a child of it or of another response.
 
-    The hidden state that predicts a response's first token is the prompt's last, shared by all its responses. Where no
-    sample has pixels, `blank` is added: a root segment with one frame and no target, so that the vision tower runs.
+    A segment continues the positions of its parent. The hidden state that predicts its first token is the parent's
+    last, shared by all its children. Where no sample has pixels, `blank` is added: a root segment with one image and no
+    target, so that the vision tower runs.
     """
     trees = list(encoded) if any(e.pixels is not None for e in encoded) else [*encoded, blank]
-    ids, positions, parents, at, sizes = [], [], [], [], []
+    ids, positions, parents, at, target = [], [], [], [], []
     offset = 0
     for sample in trees:
-        root, prompt = len(parents), len(sample.prompt)
-        last = offset + prompt - 1
-        parents += [-1, *[root] * len(sample.responses)]
-        ids += [sample.prompt, *sample.responses]
-        positions += [torch.arange(prompt), *[prompt + torch.arange(len(r)) for r in sample.responses]]
-        offset += prompt
-        for response in sample.responses:
-            at.append(torch.cat([torch.tensor([last]), torch.arange(offset, offset + len(response) - 1)]))
+        root = len(parents)
+        of = sample.parents or (-1,) * len(sample.responses)
+        parents += [-1, *[root + 1 + parent for parent in of]]
+        first = torch.arange(len(sample.prompt)) if sample.positions is None else sample.positions
+        segments = [_Segment(offset, len(sample.prompt), int(first.max()) + 1 if first.numel() else 0)]
+        ids.append(sample.prompt)
+        positions.append(first)
+        offset += len(sample.prompt)
+        for i, (response, parent) in enumerate(zip(sample.responses, of, strict=True)):
+            start = segments[parent + 1]
+            tokens = torch.arange(offset, offset + len(response))
+            before = torch.cat([torch.tensor([start.first + start.tokens - 1]), tokens[:-1]])
+            kept = slice(None) if sample.trained is None else sample.trained[i]
+            at.append(before[kept])
+            target.append(response[kept])
+            ids.append(response)
+            positions.append(start.next + torch.arange(len(response)))
+            segments.append(_Segment(offset, len(response), start.next + len(response)))
             offset += len(response)
-        sizes += [prompt, *map(len, sample.responses)]
-    responses = [r for e in encoded for r in e.responses]
-    weights = [w for e in encoded for w in e.weights or ()]
+    seg = Segments.build(
+        tokens=[len(t) for t in target],
+        groups=[len(e.responses) for e in encoded],
+        score=torch.tensor([s for e in encoded for s in e.scores], dtype=torch.float32),
+        weight=_weight(encoded),
+    )
     return MicroBatch(
         ids=torch.cat(ids),
-        positions=torch.cat(positions),
-        tree=Tree(torch.tensor([0, *sizes]).cumsum(0), torch.tensor(parents)),
+        positions=_joined(positions),
+        tree=Tree(torch.tensor([0, *map(len, ids)]).cumsum(0), torch.tensor(parents)),
         pixels=torch.cat([e.pixels for e in trees if e.pixels is not None]),
+        grid=_cat([e.grid for e in trees if e.grid is not None]),
         at=_cat(at),
-        target=_cat(responses),
-        segments=Segments.build(
-            tokens=[len(r) for r in responses],
-            groups=[len(e.responses) for e in encoded],
-            score=torch.tensor([s for e in encoded for s in e.scores], dtype=torch.float32),
-            weight=torch.cat(weights) if weights and len(weights) == len(responses) else None,
-        ),
+        target=_cat(target),
+        segments=seg,
+        better=seg.better,
         keys=tuple(e.key for e in encoded),
         skipped=tuple(skipped),
     )
+
+
+class _Segment(NamedTuple):
+    first: int  # place of its first token in the row
+    tokens: int
+    next: int  # position after its last token
+
+
+def _weight(encoded: Sequence[Encoded]) -> Tensor | None:
+    """[N] phrase weights of the supervised tokens; None where a sample has none."""
+    if any(e.weights is None for e in encoded):
+        return None
+    kept = [w if e.trained is None else w[e.trained[i]] for e in encoded for i, w in enumerate(e.weights or ())]
+    return torch.cat(kept) if kept else torch.zeros(0)
+
+
+def _joined(positions: Sequence[Tensor]) -> Tensor:
+    """[T], or [3, T] where a sample has three axes of positions (in text they are equal)."""
+    if all(p.ndim == 1 for p in positions):
+        return torch.cat(list(positions))
+    return torch.cat([p.expand(3, -1) for p in positions], dim=1)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

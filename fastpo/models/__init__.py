@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fastpo.config import Model
 from fastpo.models import llava_video
-from fastpo.sample import Encoded, Sample
-from fastpo_kernels import Tree
+from fastpo.sample import Encoded, MicroBatch, Sample, Sampling
 
 
 class Family(Protocol):
@@ -35,28 +34,28 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def encode(processor: Any, /, sample: Sample, frames: int) -> Encoded:
-        """Token ids from the text and the frame count alone; nothing is decoded."""
+    def encode(processor: Any, /, sample: Sample, sampling: Sampling) -> Encoded:
+        """Token ids, positions and grid from the text and the files' metadata; nothing is decoded."""
         ...
 
     @staticmethod
-    def pixels(processor: Any, /, sample: Sample, frames: int) -> Tensor | None:
-        """Decoded media as [F, 3, h, w] uint8."""
+    def pixels(processor: Any, /, sample: Sample, sampling: Sampling) -> Tensor | None:
+        """Decoded media as uint8: [F, 3, h, w], or rows of patches."""
         ...
 
     @staticmethod
     def blank(processor: Any, /) -> Encoded:
-        """One black frame without responses, for rows without media."""
+        """One black image without responses, for rows without media."""
         ...
 
     @staticmethod
-    def vision(model: Any, processor: Any, /, pixels: Tensor) -> Tensor:
-        """[F, 3, h, w] uint8 -> [visual tokens, H], one tower call."""
+    def vision(model: Any, processor: Any, /, pixels: Tensor, grid: Tensor) -> Any:
+        """Pixels and grid of a row -> its visual features, one tower call: a tensor [visual tokens, H] or a tuple."""
         ...
 
     @staticmethod
-    def hidden(model: Any, ids: Tensor, positions: Tensor, features: Tensor, tree: Tree) -> Tensor:
-        """ids, positions [T] and visual tokens in row order -> last hidden states [T, H], head not applied."""
+    def hidden(model: Any, batch: MicroBatch, features: Any) -> Tensor:
+        """A row and its visual features -> last hidden states [T, H], head not applied."""
         ...
 
 

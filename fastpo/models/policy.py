@@ -66,26 +66,28 @@ class Policy(nn.Module):
     def forward(self, batch: MicroBatch, *, record: bool = False) -> TokenStats | tuple[Tensor, Tensor]:
         """Statistics of the supervised tokens; with record, (logp [N], hidden [N, H]) for the reference cache."""
         with nullcontext() if self.train_features else torch.no_grad():
-            features = self.family.vision(self.core, self.processor, batch.pixels)
+            features = self.family.vision(self.core, self.processor, batch.pixels, batch.grid)
         ref_hidden = None if record else self._reference_hidden(batch, features)
         hidden = self._hidden(self.core, batch, features)
         if record:
             return self.head(hidden, batch.target).logp, hidden
-        stats = self.head(hidden, batch.target, ref_hidden, batch.segments.better if self.wants_kl else None)
+        if self.mode == "cache" and self.wants_kl and not batch.keys:
+            ref_hidden = hidden.detach()  # no rows: a micro-batch that only keeps this rank in step
+        stats = self.head(hidden, batch.target, ref_hidden, batch.better if self.wants_kl else None)
         return stats if batch.ref_logp is None else stats._replace(ref_logp=batch.ref_logp)
 
-    def _hidden(self, model: Any, batch: MicroBatch, features: Tensor) -> Tensor:
-        return self.family.hidden(model, batch.ids, batch.positions, features, batch.tree)[batch.at]
+    def _hidden(self, model: Any, batch: MicroBatch, features: Any) -> Tensor:
+        return self.family.hidden(model, batch, features)[batch.at]
 
     @torch.no_grad()
-    def _reference_hidden(self, batch: MicroBatch, features: Tensor) -> Tensor | None:
+    def _reference_hidden(self, batch: MicroBatch, features: Any) -> Tensor | None:
         if self.mode == "none":
             return None
         if self.mode == "cache":
             return batch.ref_hidden
         if self.reference is not None:
             if self.train_features:
-                features = self.family.vision(self.reference, self.processor, batch.pixels)
+                features = self.family.vision(self.reference, self.processor, batch.pixels, batch.grid)
             return self._hidden(self.reference, batch, features)
         with self.model.disable_adapter():
             return self._hidden(self.core, batch, features)

@@ -1,5 +1,7 @@
 """The plan of a step and the packed row itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastpo.data import loader
 from fastpo.data.pack import bins, pack, plan, spread
+from fastpo.sample import Encoded
 from tests import tiny
 
 
@@ -56,6 +59,7 @@ def test_a_row_without_media_gets_one_blank_frame_without_targets(texts):
     assert int(visual.sum()) == 20 and batch.pixels.shape[0] == 1
     assert not visual[batch.at].any() and len(batch.target) == 4 * texts
     assert len(batch.segments.groups) == texts
+    assert len(batch.segments.weight) == len(batch.better) == 4 * texts
 
 
 def test_steps_cover_every_epoch_once_and_need_no_state():
@@ -66,3 +70,31 @@ def test_steps_cover_every_epoch_once_and_need_no_state():
     again = loader.step_samples(count, 3, prompts=prompts, seed=7)
     assert again != epoch[0] and again == loader.step_samples(count, 3, prompts=prompts, seed=7)
     assert loader.step_samples(count, 0, prompts=prompts, seed=8) != epoch[0]
+
+
+def test_a_tree_of_depth_two_with_untrained_tokens():
+    """prompt (3 tokens) -> question -> two answers; a token of the question and one of an answer are not trained."""
+    sample = Encoded(
+        key="a",
+        prompt=torch.tensor([1, 2, 3]),
+        responses=(torch.tensor([11, 12]), torch.tensor([21, 22, 23]), torch.tensor([31])),
+        weights=(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0]), torch.tensor([6.0])),
+        scores=(0.0, 1.0, 0.0),
+        parents=(-1, 0, 0),
+        trained=(torch.tensor([True, False]), torch.tensor([False, True, True]), torch.tensor([True])),
+    )
+    batch = pack([sample], tiny.blank())
+    assert batch.tree.parent.tolist()[:4] == [-1, 0, 1, 1]
+    assert batch.positions.tolist()[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 5]
+    assert batch.at.tolist() == [2, 5, 6, 4] and batch.target.tolist() == [11, 22, 23, 31]
+    assert batch.segments.tokens.tolist() == [1, 2, 1] and batch.segments.weight.tolist() == [1, 4, 5, 6]
+
+
+def test_positions_of_three_axes_continue_from_the_largest():
+    three = tiny.sample("a", torch.Generator().manual_seed(1), before=2, after=1, frames=1, responses=[2])
+    grid = torch.stack([torch.arange(23) % 7, torch.arange(23) % 5, torch.arange(23) % 3])
+    text = tiny.sample("b", torch.Generator().manual_seed(2), before=2, after=0, frames=0, responses=[1])
+    batch = pack([replace(three, positions=grid, grid=torch.tensor([[1, 4, 4]])), text], tiny.blank())
+    assert batch.positions.shape == (3, 28) and torch.equal(batch.positions[:, :23], grid)
+    assert batch.positions[:, 23:].tolist() == [[7, 8, 0, 1, 2]] * 3
+    assert batch.grid.tolist() == [[1, 4, 4]]

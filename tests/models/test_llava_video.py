@@ -127,7 +127,7 @@ def relative(got, want):
 def test_frame_tokens_equal_a_plain_restatement(pooling):
     model = tiny.model(packed=True)
     pixels = torch.randint(0, 256, (3, 3, tiny.SIZE, tiny.SIZE), dtype=torch.uint8)
-    got = llava_video.vision(model, tiny.processor(pooling), pixels)
+    got = llava_video.vision(model, tiny.processor(pooling), pixels, torch.zeros(0, dtype=torch.int64))
     want = frame_tokens(model, pixels, pooling)
     side = 4 if pooling == "bilinear" else 3
     assert got.shape == (3 * side * (side + 1), 48)

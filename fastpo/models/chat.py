@@ -1,0 +1,69 @@
+"""Text of a sample to token ids: the chat template around it, responses as segments, phrase masks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastpo.data import phrases
+from fastpo.sample import BadSample, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    tokenizer: PreTrainedTokenizerBase
+    tagger: phrases.Tagger
+    end: str  # what the chat template puts after an answer
+
+
+def read(folder: Path) -> Chat:
+    """Raises ValueError for a folder without a fast tokenizer and a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast or not tokenizer.chat_template:
+        raise ValueError(f"model.path: {folder}: needs a fast tokenizer (tokenizer.json) with a chat template")
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    end = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("ANSWER")[2]
+    return Chat(tokenizer=tokenizer, tagger=phrases.tagger(tokenizer), end=end)
+
+
+def prompt_ids(chat: Chat, question: str) -> Tensor:
+    """[n] int64: the question as a user turn, up to where the answer begins. Media tokens are not expanded."""
+    messages = [{"role": "user", "content": question}]
+    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return torch.tensor(chat.tokenizer(str(text), add_special_tokens=False).input_ids)
+
+
+def response_ids(chat: Chat, sample: Sample) -> tuple[Tensor, ...]:
+    """S tensors [n_s] int64: each answer and what the template puts after it."""
+    return tuple(torch.tensor(phrases.response_ids(chat.tokenizer, r.text, chat.end)) for r in sample.responses)
+
+
+def phrase_weights(chat: Chat, sample: Sample) -> tuple[Tensor, ...] | None:
+    """S tensors [n_s] float32, 1 in a tagged phrase; None where a response has no tags. Raises BadSample."""
+    if any(response.tagged is None for response in sample.responses):
+        return None
+    try:
+        masks = [
+            phrases.phrase_mask(chat.tagger, r.text, r.tagged, chat.end)
+            for r in sample.responses
+            if r.tagged is not None
+        ]
+    except BadSample as error:
+        raise BadSample(f"{sample.key}: {error}") from None
+    return tuple(torch.tensor([float(sign > 0) for sign in mask]) for mask in masks)
+
+
+def expand(ids: Tensor, counts: dict[int, list[int]], where: str) -> Tensor:
+    """Every media token repeated as often as its item has visual tokens. counts: token id -> tokens of each item.
+
+    Raises BadSample where the number of media tokens is not that of the items.
+    """
+    repeats = torch.ones_like(ids)
+    for token, lengths in counts.items():
+        found = ids == token
+        if int(found.sum()) != len(lengths):
+            raise BadSample(f"{where}: {int(found.sum())} media placeholders for {len(lengths)} media items")
+        repeats[found] = torch.tensor(lengths, dtype=repeats.dtype)
+    return ids.repeat_interleave(repeats)
