@@ -84,6 +84,7 @@ class Optim(Section):
     lr: Positive
     lr_vision: Positive | None = None  # None: lr
     lr_projector: Positive | None = None
+    lr_value: Positive | None = None  # of a critic's or a reward model's head
     epochs: Positive = 1.0
     steps: Count | None = None  # wins over epochs
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -95,6 +96,15 @@ class Optim(Section):
 
 class Reference(Section):
     mode: Literal["adapter_off", "copy", "cache", "none"] = "adapter_off"
+
+
+class Generation(Section):
+    """How answers are sampled. temperature 0: the most likely token, always."""
+
+    max_tokens: Count = 256
+    temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
 
 
 class Engine(Section):

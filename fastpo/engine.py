@@ -8,7 +8,8 @@ the hooks of ZeRO-3, tuples do not.
 import os
 import socket
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,11 @@ class Engine:
         if run.engine.zero == 3:
             for parameter in policy.external_parameters():
                 deepspeed.zero.register_external_parameter(policy, parameter)
+        trained = groups(policy.model, policy.family.parts, run.optim)
+        if policy.value_head is not None:
+            trained.append({"params": list(policy.value_head.parameters()), "lr": run.optim.lr_value or run.optim.lr})
         optimizer = torch.optim.AdamW(
-            groups(policy.model, policy.family.parts, run.optim),
+            trained,
             betas=run.optim.betas,
             weight_decay=run.optim.weight_decay,
         )
@@ -116,8 +120,14 @@ class Engine:
     def policy(self) -> Policy:
         return self.ds.module  # pyright: ignore[reportReturnType]
 
-    def stats(self, batch: MicroBatch) -> TokenStats:
-        return self.ds(batch)
+    def stats(self, batch: MicroBatch) -> dict[str, Tensor | None]:
+        """The fields of TokenStats, with a value head also value [N] and reward [S]."""
+        out = self.ds(batch)
+        return (
+            out._asdict()
+            if isinstance(out, TokenStats)
+            else out.tokens._asdict() | {"value": out.value, "reward": out.reward}
+        )
 
     @torch.no_grad()
     def record(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -152,6 +162,31 @@ class Engine:
         """Whole parameters under ZeRO-3; all ranks have to enter."""
         sharded = [p for p in parameters if hasattr(p, "ds_id")]
         return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The model as plain modules with all their weights, for generation: no ZeRO-3 hook runs inside.
+
+        With the hooks, ranks that generate answers of different lengths abort.
+        """
+        if self.run.engine.zero < 3:
+            yield
+            return
+        offload = self.ds.optimizer.parameter_offload  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        parameters = list(self.policy.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            for hook in offload.forward_hooks + offload.backward_hooks:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                coordinator = offload.get_param_coordinator()
+                if not coordinator.is_invalid_trace():
+                    coordinator._invalidate_trace()
+                offload._register_deepspeed_module(offload.module)
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """Optimizer, scheduler and trained weights of all ranks."""

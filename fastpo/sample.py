@@ -3,7 +3,8 @@
 Axes: N supervised tokens, T packed tokens, S responses, P prompts, F frames.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -87,7 +88,7 @@ class MicroBatch:
     int64. better: [N] bool, tokens of the better side of a pair; stays on the CPU, so that picking them does not sync.
     pixels, grid: those of the samples, in row order. keys: the samples; skipped: (key, reason) of those left out.
     ref_logp: [N], ref_hidden: [N, H], from the reference cache (rows without KL are 0).
-    old_logp: [N], advantage: [S] (per token for some losses: [N]), from a rollout.
+    last: [S] place in the row of each response's last token. given: what a loss reads of a rollout (old_logp [N], ...).
     """
 
     ids: Tensor
@@ -99,13 +100,14 @@ class MicroBatch:
     target: Tensor
     segments: Segments
     better: Tensor
+    last: Tensor
     keys: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     ref_logp: Tensor | None = None
     ref_hidden: Tensor | None = None
-    old_logp: Tensor | None = None
-    advantage: Tensor | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "better"}
-        return replace(self, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")})
+        moved = {name: x.to(device) for name, x in values.items() if hasattr(x, "to")}
+        return replace(self, **moved, given={name: x.to(device) for name, x in self.given.items()})

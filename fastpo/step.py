@@ -50,7 +50,7 @@ def eval_pass(
 def evaluate(engine: Engine, batch: MicroBatch, objective: Callable[..., LossOut]) -> LossOut:
     """The loss of one micro-batch from the statistics that its signature asks for."""
     batch = batch.to(engine.device)
-    found = engine.stats(batch)._asdict() | {name: getattr(batch, name) for name in losses.ROLLOUT}
+    found = engine.stats(batch) | dict(batch.given)
     return objective(**{name: found[name] for name in losses.needs(objective)}, seg=batch.segments)
 
 

@@ -6,14 +6,18 @@ Which samples a step holds follows from (seed, epoch, step) alone, so that a res
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastpo.config import Data, Source
 from fastpo.data import formats
-from fastpo.data.pack import pack, plan
+from fastpo.data.pack import pack, plan, spread
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample
+
+Skipped = list[tuple[str, str]]  # (key, reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,20 +73,27 @@ class Feed:
     def windows(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[list[MicroBatch]]:
         """For each step (sample indices of all ranks together) this rank's micro-batches, as many on every rank."""
         plans = [self.plan(table, chosen)[self.rank] for chosen in steps]
-        source = _Rows(table=table, rows=[row for rows in plans for row in rows], feed=self)
-        loader = DataLoader(
-            source,
-            batch_size=None,
-            num_workers=self.data.workers,
-            collate_fn=_same,  # pyright: ignore[reportArgumentType]
-        )
-        decoded = iter(loader)
+        decoded = self._decoded(table, [row for rows in plans for row in rows], partial(_packed, self.blank))
         for rows in plans:
-            window = [next(decoded) for _ in rows]
-            for batch in window:
-                if isinstance(batch, BadSample):
-                    raise batch
-            yield window
+            yield [next(decoded) for _ in rows]
+
+    def prompts(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[tuple[list[Encoded], Skipped]]:
+        """For each step this rank's share of its samples, decoded, for rollouts."""
+        shares = [spread([table.encoded[n].tokens for n in chosen], self.ranks)[self.rank] for chosen in steps]
+        rows = [[chosen[i] for i in share] for chosen, share in zip(steps, shares, strict=True)]
+        yield from self._decoded(table, rows, _unpacked)
+
+    def _decoded(
+        self, table: Table, rows: list[list[int]], make: Callable[[list[Encoded], Skipped], Any]
+    ) -> Iterator[Any]:
+        """What `make` makes of each row of sample indices, in worker processes. Raises BadSample."""
+        source = _Rows(table=table, rows=rows, feed=self, make=make)
+        workers = self.data.workers
+        loader = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_same)  # pyright: ignore[reportArgumentType]
+        for row in loader:
+            if isinstance(row, BadSample):
+                raise row
+            yield row
 
     def plan(self, table: Table, chosen: Sequence[int]) -> list[list[list[int]]]:
         """Rank -> micro-batch -> sample indices."""
@@ -105,16 +116,17 @@ def in_order(count: int, prompts: int) -> list[list[int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows(Dataset):
-    """Micro-batch i of this rank, made in a worker. A BadSample is returned: raised, it would come wrapped."""
+    """Row i of this rank, made in a worker. A BadSample is returned: raised, it would come wrapped."""
 
     table: Table
     rows: list[list[int]]
     feed: Feed
+    make: Callable[[list[Encoded], Skipped], Any]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> MicroBatch | BadSample:
+    def __getitem__(self, i: int) -> Any:
         decoded, skipped = [], []
         for n in self.rows[i]:
             sample = self.table.samples[n]
@@ -124,11 +136,19 @@ class _Rows(Dataset):
                 if self.feed.data.on_bad_sample == "error":
                     return BadSample(f"{sample.key}: {error}")
                 skipped.append((sample.key, str(error)))
-        return pack(decoded, self.feed.blank, skipped)
+        return self.make(decoded, skipped)
 
 
-def _same(batch: MicroBatch | BadSample) -> MicroBatch | BadSample:
-    return batch
+def _packed(blank: Encoded, decoded: list[Encoded], skipped: Skipped) -> MicroBatch:
+    return pack(decoded, blank, skipped)
+
+
+def _unpacked(decoded: list[Encoded], skipped: Skipped) -> tuple[list[Encoded], Skipped]:
+    return decoded, skipped
+
+
+def _same(row: Any) -> Any:
+    return row
 
 
 def _best(sample: Sample) -> Sample:

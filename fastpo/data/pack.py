@@ -45,15 +45,16 @@ def plan(lengths: Sequence[int], *, budget: int, ranks: int) -> list[list[list[i
     return [row + [[]] * (most - len(row)) for row in rows]
 
 
-def pack(encoded: Sequence[Encoded], blank: Encoded, skipped: Sequence[tuple[str, str]] = ()) -> MicroBatch:
+def pack(encoded: Sequence[Encoded], blank: Encoded | None, skipped: Sequence[tuple[str, str]] = ()) -> MicroBatch:
     """One row: each prompt is a root segment, a response is a child of it or of another response.
 
     A segment continues the positions of its parent. The hidden state that predicts its first token is the parent's
     last, shared by all its children. Where no sample has pixels, `blank` is added: a root segment with one image and no
     target, so that the vision tower runs.
     """
-    trees = list(encoded) if any(e.pixels is not None for e in encoded) else [*encoded, blank]
-    ids, positions, parents, at, target = [], [], [], [], []
+    add = [] if blank is None or any(e.pixels is not None for e in encoded) else [blank]
+    trees = [*encoded, *add]
+    ids, positions, parents, at, target, last = [], [], [], [], [], []
     offset = 0
     for sample in trees:
         root = len(parents)
@@ -75,6 +76,7 @@ def pack(encoded: Sequence[Encoded], blank: Encoded, skipped: Sequence[tuple[str
             positions.append(start.next + torch.arange(len(response)))
             segments.append(_Segment(offset, len(response), start.next + len(response)))
             offset += len(response)
+            last.append(offset - 1)
     seg = Segments.build(
         tokens=[len(t) for t in target],
         groups=[len(e.responses) for e in encoded],
@@ -85,12 +87,13 @@ def pack(encoded: Sequence[Encoded], blank: Encoded, skipped: Sequence[tuple[str
         ids=torch.cat(ids),
         positions=_joined(positions),
         tree=Tree(torch.tensor([0, *map(len, ids)]).cumsum(0), torch.tensor(parents)),
-        pixels=torch.cat([e.pixels for e in trees if e.pixels is not None]),
+        pixels=_cat([e.pixels for e in trees if e.pixels is not None]),
         grid=_cat([e.grid for e in trees if e.grid is not None]),
         at=_cat(at),
         target=_cat(target),
         segments=seg,
         better=seg.better,
+        last=torch.tensor(last, dtype=torch.int64),
         keys=tuple(e.key for e in encoded),
         skipped=tuple(skipped),
     )

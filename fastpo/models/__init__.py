@@ -54,8 +54,12 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def hidden(model: Any, batch: MicroBatch, features: Any) -> Tensor:
-        """A row and its visual features -> last hidden states [T, H], head not applied."""
+    def hidden(model: Any, batch: MicroBatch, features: Any, cache: Any = None) -> Tensor:
+        """A row and its visual features -> last hidden states [T, H], head not applied.
+
+        features None: the row has no visual token. cache: a transformers Cache for the keys and values of a row that
+        is one prompt.
+        """
         ...
 
 

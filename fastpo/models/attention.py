@@ -6,6 +6,8 @@ through every layer, so that the recomputation of gradient checkpointing, in ano
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -22,12 +24,14 @@ def _attention(backend: str):
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        tree: Tree,
+        tree: Tree | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
+        if tree is None:  # generation: whole rows of one length, keys from a cache
+            return _causal(query, key, value, scaling), None
         assert attention_mask is None and query.shape[0] == 1 and not dropout
         if sliding_window is not None:
             raise ValueError(
@@ -37,6 +41,17 @@ def _attention(backend: str):
         return tree_attention(q, k, v, tree, scale=scaling, backend=backend)[None], None
 
     return attend
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[B, heads, n, D] new tokens against [B, kv_heads, m, D], the last n of them their own -> [B, n, heads, D]."""
+    n, m = query.shape[2], key.shape[2]
+    mask = None if n in (1, m) else torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=n == m > 1, scale=scale, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
 
 
 def register(backend: str) -> str:

@@ -17,6 +17,11 @@ class Chat:
     tagger: phrases.Tagger
     end: str  # what the chat template puts after an answer
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer(self.end, add_special_tokens=False).input_ids[0]
+
 
 def read(folder: Path) -> Chat:
     """Raises ValueError for a folder without a fast tokenizer and a chat template."""

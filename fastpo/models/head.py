@@ -11,12 +11,13 @@ class StatsHead(nn.Module):
     A module of its own, since ZeRO-3 gathers the parameters that a module holds before its forward and its backward.
     """
 
-    def __init__(self, lm_head: nn.Linear, ref_weight: nn.Parameter | None, backend: str):
+    def __init__(self, lm_head: nn.Linear, ref_weight: nn.Parameter | None, backend: str, temperature: float):
         super().__init__()
         self.weight = lm_head.weight
         self.bias = lm_head.bias
         self.ref_weight = ref_weight
         self.backend = backend
+        self.temperature = temperature
 
     def forward(
         self, hidden: Tensor, target: Tensor, ref_hidden: Tensor | None = None, kl_rows: Tensor | None = None
@@ -31,4 +32,5 @@ class StatsHead(nn.Module):
             kl_rows=kl_rows,
             bias=self.bias,
             backend=self.backend,
+            temperature=self.temperature,
         )

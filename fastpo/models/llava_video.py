@@ -157,12 +157,14 @@ def grid_tokens(features: Tensor, newline: Tensor, *, pooling: str) -> Tensor:
     return rows.reshape(-1, width)
 
 
-def hidden(model: Any, batch: MicroBatch, features: Tensor) -> Tensor:
-    """A row and its features [visual tokens, H] -> last hidden states [T, H], head not applied."""
+def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = None) -> Tensor:
+    """See Family. features: [visual tokens, H] in row order."""
+    visual = {} if features is None else {"video": BaseModelOutputWithPooling(pooler_output=features[None])}
     return model.model(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
-        mm_encoder_outputs={"video": BaseModelOutputWithPooling(pooler_output=features[None])},
-        use_cache=False,
-        tree=batch.tree,
+        mm_encoder_outputs=visual or None,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        tree=batch.tree if cache is None else None,
     ).last_hidden_state[0]

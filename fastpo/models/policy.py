@@ -1,7 +1,7 @@
 """The one module that DeepSpeed wraps: vision once, reference, policy and head in a single forward."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,16 @@ from fastpo.sample import MicroBatch
 from fastpo_kernels import TokenStats
 
 
+class Valued(NamedTuple):
+    """Statistics beside what a value head says of the same states. A NamedTuple, as TokenStats."""
+
+    tokens: TokenStats
+    value: Tensor  # [N] of the state that predicts each token
+    reward: Tensor  # [S] of each response's last token
+
+
 class Policy(nn.Module):
-    """MicroBatch -> TokenStats.
+    """MicroBatch -> TokenStats, or Valued where the loss reads a value or a reward.
 
     mode "adapter_off": the reference is the same model without its adapters and shares the visual features;
     "copy": `reference` is a frozen second model; "cache": the micro-batch carries its numbers; "none": there is none.
@@ -30,6 +38,7 @@ class Policy(nn.Module):
         stats: frozenset[str],
         reference: Any = None,
         backend: str = "auto",
+        temperature: float = 1.0,
     ):
         super().__init__()
         self.model: Any
@@ -39,9 +48,11 @@ class Policy(nn.Module):
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
         self.family, self.processor = family, processor
         self.mode = mode if stats & {"ref_logp", "kl"} else "none"
+        self.stats = stats
         self.wants_kl = "kl" in stats
+        self.value_head = _value_head(model) if stats & {"value", "reward"} else None
         own = None if reference is None else reference.get_output_embeddings().weight
-        self.head = StatsHead(self.core.get_output_embeddings(), own, backend)
+        self.head = StatsHead(self.core.get_output_embeddings(), own, backend, temperature)
         self.train_features = any(
             p.requires_grad and part_of(name, family.parts) in ("vision", "projector")
             for name, p in self.core.named_parameters()
@@ -63,18 +74,30 @@ class Policy(nn.Module):
             self.reference.eval()
         return self
 
-    def forward(self, batch: MicroBatch, *, record: bool = False) -> TokenStats | tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, *, record: bool = False) -> TokenStats | Valued | tuple[Tensor, Tensor]:
         """Statistics of the supervised tokens; with record, (logp [N], hidden [N, H]) for the reference cache."""
         with nullcontext() if self.train_features else torch.no_grad():
             features = self.family.vision(self.core, self.processor, batch.pixels, batch.grid)
         ref_hidden = None if record else self._reference_hidden(batch, features)
-        hidden = self._hidden(self.core, batch, features)
+        rows = self.family.hidden(self.core, batch, features)
+        hidden = rows[batch.at]
         if record:
             return self.head(hidden, batch.target).logp, hidden
         if self.mode == "cache" and self.wants_kl and not batch.keys:
             ref_hidden = hidden.detach()  # no rows: a micro-batch that only keeps this rank in step
-        stats = self.head(hidden, batch.target, ref_hidden, batch.better if self.wants_kl else None)
-        return stats if batch.ref_logp is None else stats._replace(ref_logp=batch.ref_logp)
+        if self.stats & {"logp", "ref_logp", "kl", "entropy"}:
+            stats = self.head(hidden, batch.target, ref_hidden, batch.better if self.wants_kl else None)
+        else:  # a reward model has no use for the vocabulary
+            stats = TokenStats(hidden.new_zeros(len(hidden), dtype=torch.float32))
+        if batch.ref_logp is not None:
+            stats = stats._replace(ref_logp=batch.ref_logp)
+        return stats if self.value_head is None else self._valued(stats, rows, batch)
+
+    def _valued(self, stats: TokenStats, rows: Tensor, batch: MicroBatch) -> "Valued":
+        assert self.value_head is not None
+        places = torch.cat([batch.at, batch.last])  # one call of the head, whatever is asked for: ZeRO-3 gathers once
+        value, reward = self.value_head(rows[places])[:, 0].float().split([len(batch.at), len(batch.last)])
+        return Valued(stats, value, reward)
 
     def _hidden(self, model: Any, batch: MicroBatch, features: Any) -> Tensor:
         return self.family.hidden(model, batch, features)[batch.at]
@@ -91,3 +114,10 @@ class Policy(nn.Module):
             return self._hidden(self.reference, batch, features)
         with self.model.disable_adapter():
             return self._hidden(self.core, batch, features)
+
+
+def _value_head(model: Any) -> nn.Linear:
+    """[H] -> 1, zero at first (wangclnlp/Vision-LLM-Alignment: v_head without a bias)."""
+    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return head

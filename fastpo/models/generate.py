@@ -1,0 +1,55 @@
+"""Sampled answers of a model to one prompt, whose media and text go through it once."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from fastpo.config import Generation
+from fastpo.data.pack import pack
+from fastpo.models import Family
+from fastpo.sample import Encoded
+
+
+@torch.no_grad()
+def respond(
+    model: Any, family: Family, processor: Any, prompt: Encoded, cfg: Generation, *, count: int, seed: int
+) -> tuple[Tensor, ...]:
+    """`count` answers as token ids [n_s] int64, each with the token that ends it unless cfg.max_tokens cut it.
+
+    model: the Hugging Face model without wrappers, with all its weights, in eval mode. prompt: decoded; its responses
+    are ignored. The prompt is run once and its keys and values are repeated for the answers. seed: of this call alone.
+    """
+    device = next(model.parameters()).device
+    row = pack([replace(prompt, responses=(), weights=None, scores=(), parents=None, trained=None)], None).to(device)
+    features = None if prompt.pixels is None else family.vision(model, processor, row.pixels, row.grid)
+    cache = DynamicCache(config=model.config.get_text_config())
+    family.hidden(model, row, features, cache)
+    cache.crop(-1)  # generate runs the last token again, for its logits
+    cache.batch_repeat_interleave(count)
+    end = processor.chat.end_id
+    positions = row.positions[None] if row.positions.ndim == 1 else row.positions[:, None]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        rows = model.generate(
+            row.ids.expand(count, -1),
+            past_key_values=cache,
+            position_ids=positions.expand(*positions.shape[:-2], count, -1),
+            generation_config=GenerationConfig(
+                do_sample=cfg.temperature > 0,
+                temperature=cfg.temperature or 1.0,
+                top_p=cfg.top_p,
+                top_k=cfg.top_k,
+                max_new_tokens=cfg.max_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+            ),
+        )
+    return tuple(_cut(answer.cpu(), end) for answer in rows[:, len(row.ids) :])
+
+
+def _cut(answer: Tensor, end: int) -> Tensor:
+    found = (answer == end).nonzero()
+    return answer[: int(found[0, 0]) + 1] if len(found) else answer
