@@ -95,9 +95,31 @@ def duration(path: Path) -> float:
     raise BadSample(f"{path}: its duration is not known, which data.fps needs")
 
 
-def resize(frames: np.ndarray, size: int) -> Tensor:
-    """[F, h, w, 3] uint8 -> [F, 3, size, size] uint8, Pillow's bicubic, as Hugging Face's SiglipImageProcessorPil."""
-    images = [Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames]
+@lru_cache(maxsize=65_536)
+def size(media: Media) -> tuple[int, int]:
+    """(height, width) that `decode` gives it: from an image's header, or a video's first frame, which alone says how it
+    is turned. Raises BadSample."""
+    if media.kind == "image" or media.path.suffix.lower() == ".gif":
+        try:
+            with Image.open(media.path) as image:
+                return image.height, image.width
+        except Exception as error:  # see _pillow
+            raise BadSample(f"{media.path}: not a readable image: {error}") from error
+    with _opened(media.path) as (container, stream):
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            turned = round(frame.rotation / 90) % 2
+            return (frame.width, frame.height) if turned else (frame.height, frame.width)
+    raise BadSample(f"{media.path}: no frames")
+
+
+def resize(frames: np.ndarray, size: int | tuple[int, int]) -> Tensor:
+    """[F, h, w, 3] uint8 -> [F, 3, height, width] uint8, Pillow's bicubic, as Hugging Face's SiglipImageProcessorPil.
+
+    size: (height, width), or one number for both.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    images = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 

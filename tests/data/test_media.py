@@ -163,7 +163,9 @@ def test_a_phone_video_is_turned_upright(tmp_path, caplog):
         data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
         turned = tmp_path / f"{turns}.mp4"
         turned.write_bytes(data)
-        np.testing.assert_array_equal(video(turned, 4), np.rot90(every[::5], turns, (1, 2)))
+        upright = video(turned, 4)
+        np.testing.assert_array_equal(upright, np.rot90(every[::5], turns, (1, 2)))
+        assert media.size(Media(kind="video", path=turned)) == upright.shape[1:3]
     assert len(caplog.messages) == 2  # decord 0.6 turns by 180 degrees only; else it makes four channels
 
 
@@ -261,6 +263,7 @@ def test_gif(tmp_path):
             gif.seek(k)
             expected.append(np.asarray(gif.convert("RGB")))
     np.testing.assert_array_equal(video(path, 4), np.stack(expected))
+    assert media.size(Media(kind="video", path=path)) == expected[0].shape[:2]
     data = path.read_bytes()
     for percent in (10, 50, 90):
         path.write_bytes(data[: len(data) * percent // 100])
@@ -299,6 +302,16 @@ def test_broken_images_are_refused(tmp_path, suffix):
             image(path)
 
 
+def test_the_size_of_an_image_comes_from_its_header(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(20)).save(path)
+    assert media.size(Media(kind="image", path=path)) == image(path).shape[1:3]
+    (tmp_path / "b.png").write_bytes(path.read_bytes()[:60])
+    assert media.size(Media(kind="image", path=tmp_path / "b.png")) == image(path).shape[1:3]
+    with pytest.raises(BadSample, match=r"c\.png: not a readable image"):
+        media.size(Media(kind="image", path=tmp_path / "c.png"))
+
+
 @pytest.mark.parametrize("size", [(64, 48), (37, 91), (28, 28), (1, 1), (500, 3)])
 def test_resize_is_siglips_processor(size):
     rng = np.random.default_rng(0)
@@ -308,6 +321,7 @@ def test_resize_is_siglips_processor(size):
     options = {"size": {"height": 28, "width": 28}, "return_tensors": "pt", "input_data_format": "channels_last"}
     plain = SiglipImageProcessorPil(do_rescale=False, do_normalize=False)(list(frames), **options).pixel_values
     assert torch.equal(found.float(), plain.float())
+    assert media.resize(frames, (28, 35)).shape == (3, 3, 28, 35)
     mean, std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
     whole = SiglipImageProcessorPil(image_mean=mean, image_std=std)(list(frames), **options).pixel_values
     ours = (found.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
