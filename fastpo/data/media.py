@@ -113,6 +113,22 @@ def size(media: Media) -> tuple[int, int]:
     raise BadSample(f"{media.path}: no frames")
 
 
+@lru_cache(maxsize=65_536)
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from an image's header, before any EXIF rotation, as it is decoded. Raises BadSample."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # see _pillow
+        raise BadSample(f"{path}: not a readable image: {error}") from error
+
+
+def frame_times(path: Path, frames: int) -> tuple[float, list[float]]:
+    """Seconds that a video lasts, and at which its frames k * len / frames are shown, from its packets."""
+    seconds, count = duration(path), read_clip(path).frames
+    return seconds, [i * seconds / count for i in uniform(count, frames)]
+
+
 def resize(frames: np.ndarray, size: int | tuple[int, int]) -> Tensor:
     """[F, h, w, 3] uint8 -> [F, 3, height, width] uint8, Pillow's bicubic, as Hugging Face's SiglipImageProcessorPil.
 
