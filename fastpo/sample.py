@@ -6,7 +6,7 @@ Axes: N supervised tokens, T packed tokens, S responses, P prompts, F frames.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,22 +25,45 @@ class Media:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One more turn of a conversation. trained: its tokens are supervised, where it stands in a response."""
+
+    role: Literal["user", "assistant"]
+    text: str
+    trained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
-    """text never holds tags; tagged is the same text with <MASK> phrases, or None. Higher score is better."""
+    """text never holds tags; tagged is the same text with <MASK> phrases, or None. Higher score is better.
+
+    role: who says text; "user" for a question that the model learns to ask. parent: the place in Sample.responses of
+    the response that this one continues, None: it continues the prompt. turns: what follows text in the same response,
+    so that a conversation of several turns is one response with all of the assistant's turns trained.
+    """
 
     text: str
     score: float
     tagged: str | None = None
+    role: Literal["user", "assistant"] = "assistant"
+    parent: int | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """key is "file:row", unique in a run. question holds one "<image>" or "<video>" placeholder per media item."""
+    """key is "file:row", unique in a run. question holds one "<image>" or "<video>" placeholder per media item.
+
+    turns: what follows question in the prompt, assistant and user in turn, without placeholders and never trained.
+    truth: the ground truth that rewards of sampled answers read; None where the row has none.
+    """
 
     key: str
     question: str
     media: tuple[Media, ...]
     responses: tuple[Response, ...]
+    turns: tuple[Turn, ...] = ()
+    truth: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
