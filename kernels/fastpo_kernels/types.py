@@ -19,6 +19,7 @@ class TokenStats(NamedTuple):
     ref_logp: Tensor | None = None  # [N] no gradient
     kl: Tensor | None = None  # [N] KL(reference || policy), gradient; 0 where not asked for
     entropy: Tensor | None = None  # [N] no gradient
+    reverse_kl: Tensor | None = None  # [N] KL(policy || reference), gradient; 0 where not asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

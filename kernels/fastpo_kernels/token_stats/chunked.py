@@ -4,6 +4,10 @@ GEMM passes, one being 2 N H V floating-point operations:
     forward                   policy logits 1, reference logits 1 where there is a reference
     frozen head, forward      unit gradient 1, and 1 for the rows that ask for KL; the backward is elementwise
     trainable head, backward  logits 1, reference logits 1 for the rows with KL, d hidden 1, d weight 1
+`folded` does a trainable head in 3 where each row's loss is known from its own log-probability.
+
+Over a vocabulary split between ranks (Inputs.shard) a tile has the columns of this rank, and every sum or maximum along
+them is one over the ranks too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpo_kernels.token_stats.reference import Inputs, accumulator
+from fastpo_kernels.token_stats.sharded import highest, total
 from fastpo_kernels.types import TokenStats
 
 # fp32 logits of one model in one chunk: 441 rows at V = 152k. A GEMM needs about 266 rows before it stops waiting for
@@ -28,98 +33,159 @@ class UnitGradient(NamedTuple):
     logp: Tensor  # [N, H] (onehot(target) - p) W
     kl: Tensor | None = None  # [n, H] (p - q) W
     kl_at: Tensor | None = None  # [n] int64, the rows of kl
+    reverse_kl: Tensor | None = None  # [n, H] p (log p - log q - KL(p || q)) W
+    reverse_kl_at: Tensor | None = None  # [n] int64, the rows of reverse_kl
 
 
-Chunk = Callable[[Inputs, torch.dtype | None], tuple[TokenStats, tuple[Tensor | None, Tensor | None]]]
-DLogits = Callable[[Inputs, Tensor, Tensor], Tensor]
+class Coefficients(NamedTuple):
+    """d loss / d of each statistic of some rows."""
+
+    logp: Tensor | None  # [N]
+    kl: Tensor | None  # [N]
+    reverse_kl: Tensor | None  # [N]
+
+
+Units = tuple[Tensor | None, ...]  # u, k and r of some rows: the tensors of UnitGradient without their indices
+Chunk = Callable[[Inputs, torch.dtype | None], tuple[TokenStats, Units]]
+DLogits = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
 
 
 def forward(x: Inputs, unit_gradient: bool, chunk: Chunk | None = None) -> tuple[TokenStats, UnitGradient | None]:
     """Statistics and, where asked for, the unit gradient: all that the backward of a frozen head needs.
 
-    It is kept in bf16 for bf16 operands, as large as hidden itself, but in fp32 for fp16: u of a confident token (about
-    1e-3 x 2e-2) is subnormal there, and the loss scale is multiplied in only later.
     chunk: what computes some rows; None: eager PyTorch.
     """
     chunk = chunk or _chunk
     whole = _operands(x)
-    wide = accumulator(x.hidden.dtype)
-    keep = (torch.bfloat16 if x.hidden.dtype == torch.bfloat16 else wide) if unit_gradient else None
+    keep = _kept(x.hidden.dtype) if unit_gradient else None
     chunks = [chunk(_take(whole, at), keep) for at in _split(torch.arange(len(x.hidden)), x)]
     stats, units = zip(*chunks, strict=True)
     joined = TokenStats(*map(_cat, zip(*stats, strict=True)))  # pyright: ignore[reportArgumentType]  # logp is a Tensor
-    u, k = map(_cat, zip(*units, strict=True))
+    u, k, r = map(_cat, zip(*units, strict=True))
     if u is None:
         return joined, None
-    return joined, UnitGradient(u, k, None if x.kl_rows is None else _index(x.kl_rows, x.hidden.device))
+    kl_at, reverse_kl_at = (
+        None if rows is None else _index(rows, x.hidden.device) for rows in (x.kl_rows, x.reverse_kl_rows)
+    )
+    return joined, UnitGradient(u, k, kl_at, r, reverse_kl_at)
 
 
-def unit_backward(unit: UnitGradient, g_logp: Tensor | None, g_kl: Tensor | None) -> Tensor:
-    """[N, H] d hidden in fp32 (float64 for float64). g_logp, g_kl: [N] d loss / d logp, d loss / d kl, or None."""
-    d_hidden = torch.zeros_like(unit.logp) if g_logp is None else g_logp[:, None] * unit.logp
-    if g_kl is None or unit.kl is None or unit.kl_at is None:
-        return d_hidden
-    d_kl = g_kl[unit.kl_at, None] * unit.kl
-    return d_hidden.to(d_kl.dtype).index_add_(0, unit.kl_at, d_kl)
+def unit_backward(unit: UnitGradient, g: Coefficients) -> Tensor:
+    """[N, H] d hidden in fp32 (float64 for float64)."""
+    d_hidden = torch.zeros_like(unit.logp) if g.logp is None else g.logp[:, None] * unit.logp
+    for g_rows, rows, at in ((g.kl, unit.kl, unit.kl_at), (g.reverse_kl, unit.reverse_kl, unit.reverse_kl_at)):
+        if g_rows is not None and rows is not None and at is not None:
+            d_rows = g_rows[at, None] * rows
+            d_hidden = d_hidden.to(d_rows.dtype).index_add_(0, at, d_rows)
+    return d_hidden
 
 
-def backward(
-    x: Inputs,
-    g_logp: Tensor | None,
-    g_kl: Tensor | None,
-    wanted: Sequence[bool],
-    d_logits: DLogits | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias (those `wanted`), the latter two in fp32, by recomputing the logits.
+class Gradients(NamedTuple):
+    """Those wanted; of weight and bias in fp32 (float64 for float64), in which the chunks are summed."""
 
-    g_logp, g_kl: [N] or None. A row whose coefficients are exactly 0 enters no GEMM; finding them costs one sync.
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, x: Inputs, wanted: Sequence[bool], dtype: torch.dtype) -> "Gradients":
+        """Of hidden, weight and bias, those `wanted`. dtype: of the gradient of hidden."""
+        wide, device = accumulator(x.hidden.dtype), x.hidden.device
+        hidden = torch.zeros_like(x.hidden, dtype=dtype) if wanted[0] else None
+        weight = torch.zeros(x.weight.shape, dtype=wide, device=device) if wanted[1] else None
+        return cls(hidden, weight, torch.zeros(len(x.weight), dtype=wide, device=device) if wanted[2] else None)
+
+    def add(self, tile: Tensor, x: Inputs, at: Tensor) -> None:
+        """tile: [n, V] gradient at h W^T + b of the rows `at`, whose operands are x."""
+        if self.bias is not None:
+            self.bias.add_(tile.sum(0, dtype=self.bias.dtype))
+        tile = tile.to(x.weight.dtype)
+        if self.hidden is not None:
+            self.hidden[at] = mm(tile, x.weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            _add_mm(self.weight, tile.t(), x.hidden)
+
+
+def backward(x: Inputs, g: Coefficients, wanted: Sequence[bool], d_logits: DLogits | None = None) -> Gradients:
+    """Gradients of hidden, weight and bias (those `wanted`) by recomputing the logits.
+
+    A row whose coefficients are exactly 0 enters no GEMM; finding them costs one sync.
     d_logits: what computes the gradient of some rows at h W^T + b; None: eager PyTorch.
     """
     d_logits = d_logits or _d_logits
-    whole, wide, device = _operands(x), accumulator(x.hidden.dtype), x.hidden.device
-    zeros = torch.zeros(len(x.hidden), dtype=wide, device=device)
-    g_logp, g_kl = (zeros if g is None else g for g in (g_logp, g_kl))
-    has_logp, has_kl = torch.stack([g_logp != 0, g_kl != 0]).cpu()
+    whole, device = _operands(x), x.hidden.device
+    zeros = torch.zeros(len(x.hidden), dtype=accumulator(x.hidden.dtype), device=device)
+    dense = [zeros if c is None else c for c in g]
+    live, has_kl, has_reverse = torch.stack(dense).ne(0).cpu()
     if x.kl_rows is not None:
         whole = whole._replace(kl_rows=x.kl_rows & has_kl)
-        has_logp = has_logp | (x.kl_rows & has_kl)
-    d_hidden = torch.zeros_like(x.hidden) if wanted[0] else None
-    d_weight = torch.zeros(x.weight.shape, dtype=wide, device=device) if wanted[1] else None
-    d_bias = torch.zeros(len(x.weight), dtype=wide, device=device) if wanted[2] else None
-    for at in _split(has_logp.nonzero()[:, 0], x):
+        live = live | (x.kl_rows & has_kl)
+    if x.reverse_kl_rows is not None:
+        whole = whole._replace(reverse_kl_rows=x.reverse_kl_rows & has_reverse)
+        live = live | (x.reverse_kl_rows & has_reverse)
+    gradients = Gradients.zeros(x, wanted, x.hidden.dtype)
+    for at in _split(live.nonzero()[:, 0], x):
         part, here = _take(whole, at), at.to(device)
-        tile = d_logits(part, g_logp[here], g_kl[here])
-        if d_bias is not None:
-            d_bias += tile.sum(0, dtype=wide)
-        tile = tile.to(whole.weight.dtype)
-        if d_hidden is not None:
-            d_hidden[here] = mm(tile, whole.weight).to(d_hidden.dtype)
-        if d_weight is not None:
-            _add_mm(d_weight, tile.t(), part.hidden)
-    return d_hidden, d_weight, d_bias
+        gradients.add(d_logits(part, *(c[here] for c in dense)), part, here)
+    return gradients
 
 
-def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, tuple[Tensor | None, Tensor | None]]:
-    """Statistics of some rows; with a dtype to keep them in, also their u [n, H] and the k of those with KL."""
+def folded(
+    x: Inputs, coefficient: Callable[[Tensor, slice], tuple[Tensor, Tensor]], wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The sum of all losses, logp [N], and the gradients `wanted` of that sum, in one sweep. See folded_logp."""
+    whole, device = _operands(x), x.hidden.device
+    loss, logps = torch.zeros((), dtype=accumulator(x.hidden.dtype), device=device), []
+    gradients = Gradients.zeros(x, wanted, _kept(x.hidden.dtype))
+    first = 0
+    for at in _split(torch.arange(len(x.hidden)), x):
+        part, here = _take(whole, at), slice(first, first + len(at))
+        first = here.stop
+        z = _logits(part.hidden, part.weight, part)
+        slope, log_p = _slope(z, part), _log_softmax(z, part)
+        logp = _pick(log_p, part)
+        losses, g_logp = coefficient(logp, here)
+        if losses.shape != logp.shape or g_logp.shape != logp.shape:
+            raise ValueError(f"coefficient must give two [{len(at)}], got {list(losses.shape)}, {list(g_logp.shape)}")
+        loss += losses.sum()
+        logps.append(logp)
+        if any(wanted):
+            live = g_logp.nonzero()[:, 0]
+            if len(live) < len(at):
+                part, slope = _take(part, live), None if slope is None else slope[live]
+                log_p, logp, g_logp = log_p[live], logp[live], g_logp[live]
+            tile = _d_logp(log_p.exp_(), logp, part).mul_(g_logp.to(logp.dtype)[:, None] / x.temperature)
+            gradients.add(tile if slope is None else tile.mul_(slope), part, live + here.start)
+    return loss, torch.cat(logps), gradients
+
+
+def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Units]:
+    """Statistics of some rows; with a dtype to keep them in, also their u [n, H], and k and r of those with KL."""
     log_p, log_q, slope = _log_probs(x)
     p = log_p.exp()
-    logp, entropy = _pick(log_p, x.target), -(p * log_p).sum(-1)
-    ref_logp = kl = u = k = None
+    logp, entropy = _pick(log_p, x), -_total(p * log_p, x)
+    ref_logp = kl = reverse_kl = u = k = r = None
     if log_q is not None:
-        ref_logp = _pick(log_q, x.target)
+        ref_logp = _pick(log_q, x)
+
+        def divergence(rows: Tensor, of: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+            at = _index(rows, p.device)
+            values, tile = of(log_p[at], log_q[at], p[at], x)
+            values = torch.zeros_like(logp).index_copy_(0, at, values)
+            if keep is None:
+                return values, None
+            return values, _pull_back(tile, None if slope is None else slope[at], x).to(keep)
+
         if x.kl_rows is not None:
-            at = _index(x.kl_rows, p.device)
-            log_q = log_q[at]
-            values, difference = _kl(log_p[at], log_q, p[at])
-            kl = torch.zeros_like(logp).index_copy_(0, at, values)
-            if keep is not None:
-                k = _pull_back(difference, None if slope is None else slope[at], x).to(keep)
+            kl, k = divergence(x.kl_rows, _kl)
+        if x.reverse_kl_rows is not None:
+            reverse_kl, r = divergence(x.reverse_kl_rows, _reverse_kl)
     if keep is not None:
-        u = _pull_back(_d_logp(p, logp, x.target), slope, x).to(keep)
-    return TokenStats(logp, ref_logp, kl, entropy), (u, k)
+        u = _pull_back(_d_logp(p, logp, x), slope, x).to(keep)
+    return TokenStats(logp, ref_logp, kl, entropy, reverse_kl), (u, k, r)
 
 
-def _kl(log_p: Tensor, log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def _kl(log_p: Tensor, log_q: Tensor, p: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     """[n] KL(q || p), and [n, V] p - q, its gradient at the logits of p. Overwrites log_q and p.
 
     Summed as q (log q - log p) + p - q, no term of which is negative: near the reference the terms of the plain sum
@@ -127,26 +193,49 @@ def _kl(log_p: Tensor, log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """
     q = log_q.exp()
     difference = p.sub_(q)
-    return log_q.sub_(log_p).mul_(q).add_(difference).sum(-1), difference
+    return _total(log_q.sub_(log_p).mul_(q).add_(difference), x), difference
 
 
-def _d_logp(p: Tensor, logp: Tensor, target: Tensor) -> Tensor:
+def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
+    """[n] KL(p || q), and [n, V] p (log p - log q - KL(p || q)), its gradient at the logits of p. Overwrites all.
+
+    Summed like _kl, with p and q exchanged. In the gradient the mean of log p - log q itself takes the KL's place: what
+    is off by the same amount in a whole row, as log-sum-exp is, cancels.
+    """
+    gap = log_p.sub_(log_q)
+    weighted = p * gap
+    mean = _total(weighted, x)
+    values = _total(weighted.add_(log_q.exp_()).sub_(p), x)
+    return values, gap.sub_(mean[:, None]).mul_(p)
+
+
+def _d_logp(p: Tensor, logp: Tensor, x: Inputs) -> Tensor:
     """[n, V] onehot(target) - p, written over p. Rounding p to the operand dtype first would lose 1 - p(target)."""
-    return p.neg_().scatter_(1, target[:, None], -torch.expm1(logp)[:, None])
+    column, here = _columns(x)
+    at_target = -torch.expm1(logp)[:, None]
+    p = p.neg_()
+    return p.scatter_(1, column, at_target if here is None else at_target.where(here, p.gather(1, column)))
 
 
-def _d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor) -> Tensor:
-    """[n, V] gradient of sum(g_logp logp + g_kl kl) at h W^T + b."""
-    g_logp, g_kl = g_logp / x.temperature, g_kl / x.temperature
+def _d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, g_reverse: Tensor) -> Tensor:
+    """[n, V] gradient of sum(g_logp logp + g_kl kl + g_reverse reverse_kl) at h W^T + b."""
     z = _logits(x.hidden, x.weight, x)
-    slope, log_p = _slope(z, x), z.log_softmax(-1)
-    p = log_p.exp()
-    at = None if x.kl_rows is None else _index(x.kl_rows, p.device)
-    p_kl = None if at is None else p[at]
-    tile = _d_logp(p, _pick(log_p, x.target), x.target).mul_(g_logp[:, None])
-    if at is not None and p_kl is not None and x.ref_hidden is not None:
-        q = _logits(x.ref_hidden[at], x.weight if x.ref_weight is None else x.ref_weight, x).softmax(-1)
-        tile.index_add_(0, at, p_kl.sub_(q).mul_(g_kl[at, None]))
+    slope, log_p = _slope(z, x), _log_softmax(z, x)
+    p, masks = log_p.exp(), [rows for rows in (x.kl_rows, x.reverse_kl_rows) if rows is not None]
+    at, divergences = torch.empty(0), []
+    if masks and x.ref_hidden is not None:
+        at = _index(torch.stack(masks).any(0), p.device)
+        log_q = _log_softmax(_logits(x.ref_hidden[at], x.weight if x.ref_weight is None else x.ref_weight, x), x)
+        if x.kl_rows is not None:
+            g = g_kl.where(x.kl_rows.to(p.device), 0.0)[at, None]
+            divergences.append((p[at] - log_q.exp()).mul_(g))
+        if x.reverse_kl_rows is not None:
+            g = g_reverse.where(x.reverse_kl_rows.to(p.device), 0.0)[at, None]
+            divergences.append(_reverse_kl(log_p[at], log_q, p[at], x)[1].mul_(g))
+    tile = _d_logp(p, _pick(log_p, x), x).mul_(g_logp[:, None])
+    for divergence in divergences:
+        tile.index_add_(0, at, divergence)
+    tile.div_(x.temperature)
     return tile if slope is None else tile.mul_(slope)
 
 
@@ -164,7 +253,7 @@ def _log_probs(x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
         z, ref_z = _logits(torch.cat([x.hidden, x.ref_hidden]), x.weight, x).tensor_split(2)
     else:
         z, ref_z = _logits(x.hidden, x.weight, x), _logits(x.ref_hidden, x.ref_weight, x)
-    return z.log_softmax(-1), None if ref_z is None else ref_z.log_softmax(-1), _slope(z, x)
+    return _log_softmax(z, x), None if ref_z is None else _log_softmax(ref_z, x), _slope(z, x)
 
 
 def _logits(hidden: Tensor, weight: Tensor, x: Inputs) -> Tensor:
@@ -175,6 +264,36 @@ def _logits(hidden: Tensor, weight: Tensor, x: Inputs) -> Tensor:
     if x.softcap is not None:
         z = z.div_(x.softcap).tanh_().mul_(x.softcap)
     return z if x.temperature == 1.0 else z.div_(x.temperature)
+
+
+def _log_softmax(z: Tensor, x: Inputs) -> Tensor:
+    """[n, V] over the whole vocabulary."""
+    if x.shard is None:
+        return z.log_softmax(-1)
+    z = z - highest(z.amax(-1), x.shard)[:, None]
+    return z.sub_(total(z.exp().sum(-1), x.shard).log_()[:, None])
+
+
+def _total(tile: Tensor, x: Inputs) -> Tensor:
+    """[n, V] -> [n], the sum over the whole vocabulary."""
+    return tile.sum(-1) if x.shard is None else total(tile.sum(-1), x.shard)
+
+
+def _columns(x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """[n, 1] the column of each target, and [n, 1] bool: whether this rank has it; None where it has all."""
+    if x.shard is None:
+        return x.target[:, None], None
+    column = x.target[:, None] - x.shard.first
+    return column.clamp(0, len(x.weight) - 1), (column >= 0) & (column < len(x.weight))
+
+
+def _pick(log_probs: Tensor, x: Inputs) -> Tensor:
+    """[n, V] -> [n], at the targets."""
+    column, here = _columns(x)
+    picked = log_probs.gather(1, column)
+    if x.shard is None or here is None:
+        return picked[:, 0]
+    return total(picked.where(here, 0.0)[:, 0], x.shard)
 
 
 def _slope(logits: Tensor, x: Inputs) -> Tensor | None:
@@ -195,6 +314,14 @@ def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a, b, out=out)
 
 
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """In which the forward keeps a gradient of hidden: bf16 for bf16, as large as hidden itself, but fp32 for fp16.
+
+    That of a confident token (about 1e-3 x 2e-2) is subnormal there, and the loss scale is multiplied in only later.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else accumulator(dtype)
+
+
 def _operand(x: Tensor) -> Tensor:
     return x if x.is_cuda else x.to(accumulator(x.dtype))
 
@@ -210,7 +337,8 @@ def _operands(x: Inputs) -> Inputs:
 
 def _split(rows: Tensor, x: Inputs) -> Iterator[Tensor]:
     """Chunks of a host index of rows; of no rows, one empty chunk."""
-    size = TILE_BYTES // (len(x.weight) * accumulator(x.hidden.dtype).itemsize)
+    columns = len(x.weight) if x.shard is None else x.shard.columns  # the same chunks on every rank
+    size = TILE_BYTES // (columns * accumulator(x.hidden.dtype).itemsize)
     yield from rows.split(max(MIN_CUDA_ROWS if x.hidden.is_cuda else 1, size))
 
 
@@ -222,15 +350,12 @@ def _take(x: Inputs, at: Tensor) -> Inputs:
         target=x.target[here],
         ref_hidden=None if x.ref_hidden is None else _operand(x.ref_hidden[here]),
         kl_rows=None if x.kl_rows is None else x.kl_rows[at],
+        reverse_kl_rows=None if x.reverse_kl_rows is None else x.reverse_kl_rows[at],
     )
 
 
 def _index(host_mask: Tensor, device: torch.device) -> Tensor:
     return host_mask.nonzero()[:, 0].to(device)
-
-
-def _pick(log_probs: Tensor, target: Tensor) -> Tensor:
-    return log_probs.gather(1, target[:, None])[:, 0]
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -64,15 +64,16 @@ def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, chunked.UnitGra
     return register_stats(x, *_device(x.hidden.device)), None
 
 
-def backward(
-    x: Inputs, g_logp: Tensor | None, g_kl: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(x: Inputs, g: chunked.Coefficients, wanted: Sequence[bool]) -> chunked.Gradients:
     """See chunked.backward."""
-    return chunked.backward(x, g_logp, g_kl, wanted, d_logits)
+    return chunked.backward(x, g, wanted, d_logits)
 
 
-def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, tuple[Tensor | None, Tensor | None]]:
-    """Statistics of some rows; with a dtype to keep them in, also their u [n, H] and the k of those with KL."""
+def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, chunked.Units]:
+    """Statistics of some rows; with a dtype to keep them in, also their u [n, H] and the k of those with KL.
+
+    No reverse KL: its gradient would be a third tile beside the two that the kernel overwrites.
+    """
     num_rows, kl_rows = len(x.hidden), 0 if x.kl_rows is None else int(x.kl_rows.sum())
     order = torch.arange(num_rows) if x.kl_rows is None else (~x.kl_rows).to(torch.int8).argsort(stable=True)
     z, ref_z = _products(x, order)
@@ -84,10 +85,10 @@ def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, tuple[Tensor
     has_kl = x.kl_rows is not None
     joined = TokenStats(logp, None if ref_z is None else ref_logp, kl if has_kl else None, entropy)
     u, k = (None if g is None else chunked.mm(g, x.weight).to(keep) for g in (u, None if k is None else k[:kl_rows]))
-    return joined, (u, k)
+    return joined, (u, k, None)
 
 
-def d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor) -> Tensor:
+def d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, _: Tensor) -> Tensor:
     """[n, V] gradient of sum(g_logp logp + g_kl kl) at h W^T + b, in the operand dtype."""
     order = torch.arange(0) if x.kl_rows is None else x.kl_rows.nonzero()[:, 0]
     slot = torch.full((len(x.hidden),), len(order))

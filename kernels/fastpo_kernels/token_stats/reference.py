@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpo_kernels.token_stats.sharded import Shard
 from fastpo_kernels.types import TokenStats
 
 
@@ -21,6 +22,8 @@ class Inputs(NamedTuple):
     kl_rows: Tensor | None  # [N] bool, possibly on the CPU beside CUDA tensors; None: no KL
     softcap: float | None
     temperature: float
+    reverse_kl_rows: Tensor | None = None  # [N] bool like kl_rows, of KL(policy || reference)
+    shard: Shard | None = None  # of a vocabulary split over ranks, of which weight, ref_weight and bias hold some rows
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -38,10 +41,13 @@ def stats(x: Inputs) -> TokenStats:
     with torch.no_grad():
         reference = _log_probs(x.ref_hidden, x.weight if x.ref_weight is None else x.ref_weight, x.bias, x)
     ref_logp = reference.gather(1, x.target[:, None])[:, 0]
-    if x.kl_rows is None:
-        return TokenStats(logp, ref_logp, entropy=entropy)
-    kl = (reference.exp() * (reference - policy)).sum(-1)
-    return TokenStats(logp, ref_logp, kl.where(x.kl_rows.to(kl.device), 0.0), entropy)
+    kl = _kl(reference, policy, x.kl_rows)
+    return TokenStats(logp, ref_logp, kl, entropy, _kl(policy, reference, x.reverse_kl_rows))
+
+
+def _kl(log_a: Tensor, log_b: Tensor, rows: Tensor | None) -> Tensor | None:
+    """[n] KL(a || b), 0 outside of rows; None without them."""
+    return None if rows is None else (log_a.exp() * (log_a - log_b)).sum(-1).where(rows.to(log_a.device), 0.0)
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, x: Inputs) -> Tensor:
