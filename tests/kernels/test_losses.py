@@ -14,10 +14,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = {family: json.loads((GOLDEN / family / "index.json").read_text()) for family in ("rrpo", "dpo")}
 TENSORS = {family: load_file(GOLDEN / family / f"{family}.safetensors") for family in INDEX}
 CASES = {(family, case["id"]): case for family in INDEX for case in INDEX[family]["cases"]}
+NOT_FINITE_THERE = ("ref_underflow_nan", "multi_phrase_bf16")  # NaN; rounded at every step
 EXACT = [key for key, case in CASES.items() if case["quirk"] is None]
 QUIRKS = {  # what is asserted about each, or why nothing is; tests/golden/README.md says the same in words
     "sign_on_ignored_label": "equal with the unlabelled signed positions as rows of target 0, weight 1, without KL",
-    "no_unsigned_token": "not held: their first phrase is dropped for want of an unsigned token",
+    "no_unsigned_token": "equal with variant released: their first phrase is dropped for want of an unsigned token",
     "prompt_specials_labelled": "equal: whatever the caller labels is supervised",
     "multi_phrase_bf16": "the float64 value of the same numbers, not their bf16 rounding",
     "videochat2_difflib": "equal, given their signs",
@@ -32,10 +33,10 @@ def tensors(key):
     return {k.removeprefix(f"{case}/"): v for k, v in TENSORS[family].items() if k.startswith(f"{case}/")}
 
 
-def flat_rows(key, extra=None):
+def flat_rows(key, extra=None, numbered=False):
     """Supervised positions, prompt-major: row and position of each, the target, the mask M and the segments.
 
-    extra: positions [rows, T - 1] to add without a label, as target 0.
+    extra: positions [rows, T - 1] to add without a label, as target 0. numbered: the numbers of the phrases for M.
     """
     case, t = CASES[key], tensors(key)
     labels = (t["targets"] if "targets" in t else t["labels"])[:, 1:]
@@ -51,7 +52,7 @@ def flat_rows(key, extra=None):
         tokens=[len(p) for p in positions],
         groups=[candidates] * prompts,
         score=score,
-        weight=(signs[at] != 0).to(t["policy_logits"].dtype),
+        weight=signs[at].to(t["policy_logits"].dtype) if numbered else (signs[at] != 0).to(t["policy_logits"].dtype),
         pairs="best_worst" if case.get("variant") == "dpo_list" else "all",
     )
     return at, labels[at].clamp(min=0), labels[at] != -100, seg
@@ -66,9 +67,9 @@ def head(key, dtype, on_logits=False):
     return tuple(t[name].to(dtype) for name in ("hidden", "weight", "ref_hidden", "ref_weight"))
 
 
-def run(key, dtype, backend, *, train_head=True, on_logits=False, extra=None):
+def run(key, dtype, backend, *, train_head=True, on_logits=False, extra=None, variant="paper"):
     """Loss, losses, d hidden [rows, T, H] and d weight of a golden case through token_stats."""
-    case, (at, target, labelled, seg) = CASES[key], flat_rows(key, extra)
+    case, (at, target, labelled, seg) = CASES[key], flat_rows(key, extra, numbered=variant == "released")
     hidden, weight, ref_hidden, ref_weight = head(key, dtype, on_logits)
     hidden, weight = hidden.detach().requires_grad_(), weight.clone().requires_grad_(train_head)
     rrpo = key[0] == "rrpo" or case["variant"] == "rrpo_degenerate"
@@ -83,7 +84,7 @@ def run(key, dtype, backend, *, train_head=True, on_logits=False, extra=None):
     )
     assert stats.logp.dtype == dtype
     if rrpo:
-        hyper = {"beta": case["hyper"]["beta"], "alpha": case["hyper"].get("alpha", 0.0)}
+        hyper = {"beta": case["hyper"]["beta"], "alpha": case["hyper"].get("alpha", 0.0), "variant": variant}
         out = losses.rrpo(stats.logp, stats.ref_logp, stats.kl, seg, **hyper)
     else:
         out = losses.dpo(stats.logp, stats.ref_logp, seg, beta=case["hyper"]["beta"])
@@ -145,6 +146,17 @@ def test_quirk_sign_on_ignored_label_holds_with_explicit_rows():
     assert_golden(key, run(key, torch.float64, "reference", extra=extra), 1e-9)
     without = run(key, torch.float64, "reference")
     assert abs(without[0] - t["loss"]) > 1e-3  # supervised rows alone are something else
+
+
+@pytest.mark.parametrize("case", [case for family, case in CASES if family == "rrpo" and case not in NOT_FINITE_THERE])
+def test_rrpo_as_released(case):
+    key = ("rrpo", case)
+    t = tensors(key)
+    unlabelled = t["targets"][:, 1:] == -100  # all positions, so that unsigned ones stand for themselves
+    got = run(key, torch.float64, "reference", variant="released", extra=unlabelled)
+    assert_golden(key, got, 1e-9)
+    dropped = abs(run(key, torch.float64, "reference")[0] - t["loss"]) > 1e-3
+    assert dropped == (case in ("no_unsigned_token", "sign_on_ignored_label"))
 
 
 def test_quirk_reference_underflow_is_finite_here():
@@ -266,11 +278,16 @@ def test_sft_takes_the_best_responses_of_each_prompt():
 def test_needs_reads_the_signature():
     assert {name: losses.needs(loss) for name, loss in losses.LOSSES.items()} == {
         "dpo": {"logp", "ref_logp"},
+        "plackett_luce": {"logp", "ref_logp"},
         "rrpo": {"logp", "ref_logp", "kl"},
         "perpo": {"logp", "ref_logp"},
+        "spo": {"logp", "ref_logp"},
         "sft": {"logp"},
+        "reward_pair": {"value"},
+        "reward_list": {"value"},
     }
     assert losses.needs(losses.grpo) == {"logp", "ref_logp", "old_logp", "advantage"}
+    assert losses.needs(losses.value_loss) == {"value", "old_value", "returns"}
 
     def mistaken(logp, reward, seg, *, beta=0.1): ...
 
@@ -282,7 +299,7 @@ def test_needs_reads_the_signature():
     "call, message",
     [
         (lambda x, seg: losses.dpo(x, x, seg, beta=0.0), "beta must be positive"),
-        (lambda x, seg: losses.dpo(x, x, seg, label_smoothing=0.5), "label_smoothing must lie in"),
+        (lambda x, seg: losses.dpo(x, x, seg, label_smoothing=0.6), "label_smoothing must lie in"),
         (lambda x, seg: losses.rrpo(x, x, x, seg), "phrase mask"),
         (lambda x, seg: losses.rrpo(x, x, x, seg, beta=math.nan), "beta must be positive"),
         (lambda x, seg: losses.rrpo(x, x, x, seg, alpha=-0.1), "alpha must not be negative"),

@@ -1,0 +1,75 @@
+"""Preference losses: pure functions of per-token statistics and the ragged index token -> response -> prompt.
+
+Positional parameters name what a loss reads (the statistics of TokenStats, a value head's output, then what a rollout
+gives), then `seg`; keyword-only ones are options. `variant` "paper" is what a paper means, "released" what its
+repository trains.
+
+Axes: N supervised tokens, S responses, P prompts, K pairs (seg.pairs), U units.
+"""
+
+import inspect
+from collections.abc import Callable
+
+from fastpo_kernels.losses.dpo import dpo, plackett_luce, sft
+from fastpo_kernels.losses.grpo import advantages, grpo
+from fastpo_kernels.losses.perpo import perpo
+from fastpo_kernels.losses.ppo import gae, ppo, shaped_reward, standardise, value_loss, whiten
+from fastpo_kernels.losses.reward import reward_list, reward_pair
+from fastpo_kernels.losses.rrpo import rrpo
+from fastpo_kernels.losses.spo import spo
+from fastpo_kernels.types import LossOut, TokenStats
+
+__all__ = [
+    "LOSSES",
+    "ROLLOUT",
+    "VALUE",
+    "advantages",
+    "dpo",
+    "gae",
+    "grpo",
+    "needs",
+    "perpo",
+    "plackett_luce",
+    "ppo",
+    "reward_list",
+    "reward_pair",
+    "rrpo",
+    "sft",
+    "shaped_reward",
+    "spo",
+    "standardise",
+    "value_loss",
+    "whiten",
+]
+
+VALUE = ("value",)  # of a value head: [S] at the last supervised tokens (reward_*), [N] at each (value_loss)
+# what a loss may read of a rollout: [N], but for grpo's advantage [S]
+ROLLOUT = ("old_logp", "advantage", "old_value", "returns")
+
+# by the names of YAML; without those that need a rollout. reward_* need a value head
+LOSSES: dict[str, Callable[..., LossOut]] = {
+    "dpo": dpo,
+    "plackett_luce": plackett_luce,
+    "rrpo": rrpo,
+    "perpo": perpo,
+    "spo": spo,
+    "sft": sft,
+    "reward_pair": reward_pair,
+    "reward_list": reward_list,
+}
+
+
+def needs(loss: Callable[..., LossOut]) -> frozenset[str]:
+    """What a loss reads: its positional parameters but for seg. {"logp", "ref_logp", "kl"} for rrpo.
+
+    Raises ValueError for a positional parameter that is neither seg nor a field of TokenStats nor of VALUE or ROLLOUT.
+    """
+    parameters = inspect.signature(loss).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)} - {"seg"}
+    known = (*TokenStats._fields, *VALUE, *ROLLOUT)
+    if unknown := names - set(known):
+        raise ValueError(
+            f"loss {getattr(loss, '__name__', loss)!r} asks for {', '.join(sorted(unknown))}; positional parameters "
+            f"must be of {', '.join(known)}, then seg (options are keyword-only)"
+        )
+    return frozenset(names)
