@@ -51,10 +51,11 @@ class Lora(Section):
 
 class Model(Section):
     path: str
-    family: Literal["llava_video"] = "llava_video"
+    family: Literal["llava_video", "llava", "llava_next", "llava_onevision"] = "llava_video"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["auto", "reference", "varlen"] = "auto"
-    pooling: Literal["bilinear", "average"] = "bilinear"
+    pooling: Literal["bilinear", "average"] = "bilinear"  # of llava_video
+    time_instruction: bool = False  # llava_video: tell the model the times of the frames; RRPO's training did not
     liger: Literal["auto", "on", "off"] = "auto"
     gradient_checkpointing: bool = True
     lora: Lora | None = Lora()

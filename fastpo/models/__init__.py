@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastpo.config import Model
-from fastpo.models import llava_video
+from fastpo.models import llava, llava_next, llava_onevision, llava_video
 from fastpo.sample import Encoded, MicroBatch, Sample, Sampling
 
 
@@ -63,4 +63,9 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: Mapping[str, Family] = {"llava_video": llava_video}
+FAMILIES: Mapping[str, Family] = {
+    "llava_video": llava_video,
+    "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+}

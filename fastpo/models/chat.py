@@ -1,5 +1,6 @@
 """Text of a sample to token ids: the chat template around it, responses as segments, phrase masks."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class Chat:
     tokenizer: PreTrainedTokenizerBase
     tagger: phrases.Tagger
     end: str  # what the chat template puts after an answer
+    typed: bool = False  # the template takes lists of {"type": "text", ...}, not strings
 
     @property
     def end_id(self) -> int:
@@ -24,20 +26,43 @@ class Chat:
 
 
 def read(folder: Path) -> Chat:
-    """Raises ValueError for a folder without a fast tokenizer and a chat template."""
+    """Raises ValueError for a folder without a fast tokenizer and a chat template.
+
+    A template that ends an answer with nothing visible (LLaVA-1.5's) is read as ending it with the end-of-text token,
+    as these models are trained.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    older = folder / "chat_template.json"  # processors of transformers 4 kept theirs here, and it wins
+    if older.is_file() and not (folder / "chat_template.jinja").is_file():
+        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
     if not tokenizer.is_fast or not tokenizer.chat_template:
         raise ValueError(f"model.path: {folder}: needs a fast tokenizer (tokenizer.json) with a chat template")
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    end = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("ANSWER")[2]
-    return Chat(tokenizer=tokenizer, tagger=phrases.tagger(tokenizer), end=end)
+    for typed in (False, True):
+        before, answer, end = _render(tokenizer, typed, user="QUESTION", assistant="ANSWER").rpartition("ANSWER")
+        if answer and "QUESTION" in before:
+            end = end if end.strip() else str(tokenizer.eos_token)
+            return Chat(tokenizer=tokenizer, tagger=phrases.tagger(tokenizer), end=end, typed=typed)
+    raise ValueError(f"model.path: {folder}: its chat template leaves out the question or the answer")
 
 
 def prompt_ids(chat: Chat, question: str) -> Tensor:
-    """[n] int64: the question as a user turn, up to where the answer begins. Media tokens are not expanded."""
-    messages = [{"role": "user", "content": question}]
-    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return torch.tensor(chat.tokenizer(str(text), add_special_tokens=False).input_ids)
+    """[n] int64: the question as a user turn, up to where the answer begins. Media tokens are not expanded.
+
+    What the tokenizer puts before any text (Llama's <s>) comes first, unless the template has it already.
+    """
+    text = _render(chat.tokenizer, chat.typed, user=question)
+    bos = chat.tokenizer.bos_token
+    started = bos is not None and text.startswith(str(bos))
+    return torch.tensor(chat.tokenizer(text, add_special_tokens=not started).input_ids)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, typed: bool, **turns: str) -> str:
+    """Turns by role through the chat template, with the start of an answer where the last is the user's."""
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}] if typed else text} for role, text in turns.items()
+    ]
+    start = "assistant" not in turns
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=start))
 
 
 def response_ids(chat: Chat, sample: Sample) -> tuple[Tensor, ...]:

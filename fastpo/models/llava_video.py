@@ -13,29 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import output_capturing
+from transformers import AutoConfig, PreTrainedModel
 
 from fastpo.config import Model
 from fastpo.data import media
-from fastpo.models import attention, chat, files
+from fastpo.models import chat, files, images, llava
 from fastpo.models.chat import Chat
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Sampling
 
-parts = MappingProxyType(
-    {
-        "vision": ("model.vision_tower",),
-        "projector": ("model.multi_modal_projector", "model.image_newline"),
-        "language": ("model.language_model",),
-        "head": ("lm_head",),
-    }
-)
+parts = MappingProxyType({**llava.parts, "projector": ("model.multi_modal_projector", "model.image_newline")})
 external = ("model.image_newline",)
-
-# transformers 5.23 keeps only the hidden state asked for; before, all layers' (0.7 GB for 16 frames of SigLIP-so400m)
-CAPTURES_ONE = hasattr(output_capturing, "select_hidden_states")
-
 
 HOW_TO = (
     "Download a LLaVA-Video checkpoint, for example with `hf download lmms-lab/LLaVA-Video-7B-Qwen2 --local-dir "
@@ -54,6 +41,7 @@ class Processor:
     std: tuple[float, ...]
     patches: int  # per row of a frame
     pooling: str
+    time_instruction: bool
 
     @property
     def side(self) -> int:
@@ -80,16 +68,13 @@ def processor(cfg: Model) -> Processor:
         std=tuple(image.get("image_std", (0.5, 0.5, 0.5))),
         patches=config.vision_config.image_size // config.vision_config.patch_size,
         pooling=cfg.pooling,
+        time_instruction=cfg.time_instruction,
     )
 
 
 def load(cfg: Model) -> PreTrainedModel:
     """The LlavaOnevision model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return AutoModelForImageTextToText.from_pretrained(
-        files.checked(cfg.path, "llava_onevision", HOW_TO),
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation={"text_config": attention.register(cfg.attention), "vision_config": "sdpa"},
-    )
+    return llava.loaded(cfg, "llava_onevision", HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
@@ -97,7 +82,10 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
     if any(item.kind != "video" for item in sample.media):
         raise BadSample(f"{sample.key}: family llava_video takes videos, not images")
     frames = [media.frame_count(item, sampling) for item in sample.media]
-    ids = chat.prompt_ids(p.chat, sample.question.replace("<video>", p.video_token))
+    question = sample.question
+    if p.time_instruction:
+        question = _timed(question, [media.frame_times(m.path, n) for m, n in zip(sample.media, frames, strict=True)])
+    ids = chat.prompt_ids(p.chat, question.replace("<video>", p.video_token))
     return Encoded(
         key=sample.key,
         prompt=chat.expand(ids, {p.video_token_id: [n * p.tokens_per_frame for n in frames]}, sample.key),
@@ -106,6 +94,24 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
         scores=tuple(response.score for response in sample.responses),
         patches=sum(frames) * p.patches**2,
     )
+
+
+def _timed(question: str, times: list[tuple[float, list[float]]]) -> str:
+    """The question with each video's length and frame times after its placeholder.
+
+    Word for word what LLaVA-Video was trained with (LLaVA-VL/LLaVA-NeXT, docs/LLaVA_Video_1003.md, its missing space
+    too), but the times are those of the frames that are read here.
+    """
+    first, *others = question.split("<video>")
+    if len(others) != len(times):
+        return question  # chat.expand says what is wrong
+    for (seconds, at), text in zip(times, others, strict=True):
+        first += (
+            f"<video>\nThe video lasts for {seconds:.2f} seconds, and {len(at)} frames are uniformly sampled from it. "
+            f"These frames are located at {','.join(f'{t:.2f}s' for t in at)}."
+            "Please answer the following questions related to this video.\n" + text.removeprefix("\n")
+        )
+    return first
 
 
 def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
@@ -131,12 +137,7 @@ def blank(p: Processor) -> Encoded:
 
 def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
     """[F, 3, size, size] uint8 -> [F * tokens_per_frame, H]: tower, projector, pooling, a newline after every row."""
-    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
-    dtype = model.model.image_newline.dtype
-    x = ((pixels.float() / 255 - pixels.new_tensor(p.mean, dtype=torch.float32)[:, None, None])
-         / pixels.new_tensor(p.std, dtype=torch.float32)[:, None, None])  # fmt: skip
-    out = tower(x.to(dtype), output_hidden_states=layer if CAPTURES_ONE else True, return_dict=True)
-    features = model.model.multi_modal_projector(out.hidden_states[layer])
+    features = llava.project(model, images.normalized(pixels, p.mean, p.std))
     return grid_tokens(features, model.model.image_newline, pooling=p.pooling)
 
 
@@ -159,12 +160,4 @@ def grid_tokens(features: Tensor, newline: Tensor, *, pooling: str) -> Tensor:
 
 def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = None) -> Tensor:
     """See Family. features: [visual tokens, H] in row order."""
-    visual = {} if features is None else {"video": BaseModelOutputWithPooling(pooler_output=features[None])}
-    return model.model(
-        input_ids=batch.ids[None],
-        position_ids=batch.positions[None],
-        mm_encoder_outputs=visual or None,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        tree=batch.tree if cache is None else None,
-    ).last_hidden_state[0]
+    return llava.last_hidden(model, batch, {} if features is None else {"video": features[None]}, cache)

@@ -1,5 +1,6 @@
 """Which parameters are trained, with which learning rate: freezing per part, LoRA, liger kernels for the body."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,16 @@ from typing import Any
 from torch import nn
 
 from fastpo.config import Lora, Model, Optim
+
+logger = logging.getLogger(__name__)
+
+# liger-kernel 0.8's function for each type of language model; all take the same switches
+LIGER = {
+    "llama": "apply_liger_kernel_to_llama",
+    "mistral": "apply_liger_kernel_to_mistral",
+    "qwen2": "apply_liger_kernel_to_qwen2",
+    "qwen3": "apply_liger_kernel_to_qwen3",
+}
 
 
 def prepare(model: Any, parts: Mapping[str, tuple[str, ...]], cfg: Model) -> Any:
@@ -48,14 +59,23 @@ def groups(model: nn.Module, parts: Mapping[str, tuple[str, ...]], optim: Optim)
 
 
 def apply_liger(language_model: Any, cfg: Model, device: str) -> None:
-    """liger-kernel's norms, rotary and MLP in the language body on CUDA. Raises ValueError if asked for elsewhere."""
+    """liger-kernel's norms, rotary and MLP in the language body on CUDA.
+
+    Raises ValueError where cfg.liger is on and there is no CUDA device, or liger has nothing for this kind of body.
+    """
     if cfg.liger == "off" or (cfg.liger == "auto" and device == "cpu"):
         return
     if device == "cpu":
         raise ValueError("model.liger: on needs a CUDA device")
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+    kind = language_model.config.model_type
+    if kind not in LIGER:
+        if cfg.liger == "on":
+            raise ValueError(f"model.liger: on, but there are no kernels for {kind}, only for {', '.join(LIGER)}")
+        logger.warning("model.liger: auto: no kernels for a %s language model, it runs without them", kind)
+        return
+    from liger_kernel import transformers as liger
 
-    apply_liger_kernel_to_qwen2(
+    getattr(liger, LIGER[kind])(
         rope=True,
         swiglu=True,
         rms_norm=True,

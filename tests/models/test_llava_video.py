@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastpo.data.pack import pack
-from fastpo.models import llava_video, trainable
+from fastpo.models import llava, llava_video, trainable
 from fastpo.models.policy import Policy
 from fastpo_kernels import losses
 from tests import tiny
@@ -144,7 +144,7 @@ def test_last_hidden_state_is_before_the_towers_norm():
     model = tiny.model(packed=True)
     tower = model.model.vision_tower
     x = torch.randn(2, 3, tiny.SIZE, tiny.SIZE)
-    capture = -1 if llava_video.CAPTURES_ONE else True
+    capture = -1 if llava.CAPTURES_ONE else True
     got = tower(x, output_hidden_states=capture, return_dict=True).hidden_states[-1]
     assert torch.equal(got, tower.encoder(inputs_embeds=tower.embeddings(x)).last_hidden_state)
     assert not torch.allclose(got, tower(x).last_hidden_state)

@@ -1,0 +1,92 @@
+"""Images to uint8 pictures of the tower's size, in Pillow, as transformers' *Pil image processors make them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from fastpo.data import media
+from fastpo.sample import Media
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a folder's image processor does."""
+
+    side: int  # pixels of a picture's side, as the tower reads it
+    shortest: int | None  # the shorter side is resized to this and the middle is cut out; None: both sides to `side`
+    pad: bool  # to a square in the mean colour before resizing
+    resample: Image.Resampling
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pinpoints: tuple[tuple[int, int], ...]  # anyres: heights and widths that an image may be resized to
+
+
+def settings(folder: Path, side: int) -> Settings:
+    """Reads preprocessor_config.json for a tower of `side` pixels. Raises ValueError for what is not done here."""
+    p: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    size, crop = dict(p.size), dict(p.crop_size or {})
+    shortest = size.get("shortest_edge")
+    pinpoints = tuple((int(h), int(w)) for h, w in getattr(p, "image_grid_pinpoints", ()))
+    pad = bool(getattr(p, "do_pad", False)) and not pinpoints  # with tiles it speaks of batches
+    made = crop if p.do_center_crop else dict(height=shortest, width=shortest) if pad and shortest else size
+    wrong = {
+        f"makes pictures of {made}, but the tower reads {side} x {side}": made != dict(height=side, width=side),
+        f"resizes the shorter side to {shortest}, the tower's is {side}": shortest is not None
+        and (shortest < side or (bool(pinpoints) and shortest != side)),
+        f"has image_grid_pinpoints that are no multiples of {side}": any(x % side for hw in pinpoints for x in hw),
+        "does not resize, rescale by 1 / 255 and normalize": not (
+            p.do_resize and p.do_rescale and p.do_normalize and round(1 / p.rescale_factor, 6) == 255
+        ),
+    }
+    for reason in (text for text, found in wrong.items() if found):
+        raise ValueError(f"model.path: {folder}/preprocessor_config.json {reason}, which is not supported")
+    return Settings(
+        side=side,
+        shortest=shortest,
+        pad=pad,
+        resample=Image.Resampling(p.resample),
+        mean=tuple(p.image_mean),
+        std=tuple(p.image_std),
+        pinpoints=pinpoints,
+    )
+
+
+def read(item: Media) -> Image.Image:
+    """Decoded RGB. Raises BadSample."""
+    return Image.fromarray(media.decode(item, 1)[0])
+
+
+def picture(image: Image.Image, s: Settings) -> Image.Image:
+    """side x side: padded to a square, or resized by its shorter side and cut, or resized whatever its shape."""
+    image = square(image, s.mean) if s.pad else image
+    if s.shortest is None:
+        return image.resize((s.side, s.side), s.resample)
+    long = int(s.shortest * max(image.size) / min(image.size))
+    width, height = (s.shortest, long) if image.width <= image.height else (long, s.shortest)
+    left, top = (width - s.side) // 2, (height - s.side) // 2
+    return image.resize((width, height), s.resample).crop((left, top, left + s.side, top + s.side))
+
+
+def square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
+    """In the middle of a square of the mean colour."""
+    side = max(image.size)
+    padded = Image.new("RGB", (side, side), tuple(int(255 * x) for x in mean))
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded
+
+
+def stack(pictures: list[Image.Image]) -> Tensor:
+    """F pictures of one size -> [F, 3, h, w] uint8."""
+    return torch.from_numpy(np.stack([np.asarray(x) for x in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
+def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """[F, 3, h, w] uint8 -> float32, on the same device."""
+    mu, sigma = (pixels.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
+    return (pixels.float() / 255 - mu) / sigma

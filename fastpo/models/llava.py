@@ -1,0 +1,194 @@
+"""LLaVA-1.5: CLIP, a projector and Llama, in transformers' Llava modules; what the LLaVA families share.
+
+Pictures follow the folder's image processor: the llava-hf folders cut out the middle (CLIPImageProcessor), the original
+code pads to a square (LlavaImageProcessor with do_pad).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import output_capturing
+
+from fastpo.config import Model
+from fastpo.models import attention, chat, files, images
+from fastpo.models.chat import Chat
+from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Sampling
+
+parts = MappingProxyType(
+    {
+        "vision": ("model.vision_tower",),
+        "projector": ("model.multi_modal_projector",),
+        "language": ("model.language_model",),
+        "head": ("lm_head",),
+    }
+)
+external = ()
+
+HOW_TO = (
+    "Download a checkpoint in transformers' layout, for example with `hf download llava-hf/llava-1.5-7b-hf --local-dir "
+    "weights/llava-1.5-7b-hf`, and point model.path at that folder."
+)
+
+# transformers 5.23 keeps only the hidden states asked for; before, all layers' (0.7 GB for 16 frames of SigLIP-so400m)
+CAPTURES_ONE = hasattr(output_capturing, "select_hidden_states")
+
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Processor:
+    """tokens: of one picture, after the tower. patches: per side of a picture. video_*, limit: LLaVA-OneVision's."""
+
+    chat: Chat
+    image_token_id: int
+    images: images.Settings
+    patches: int
+    tokens: int
+    video_token_id: int = -1
+    limit: int | None = None
+
+
+def processor(cfg: Model) -> Processor:
+    """Reads tokenizer, chat template and image settings. Raises ValueError where the folder lacks something."""
+    return facts(*opened(cfg, "llava", HOW_TO))
+
+
+def opened(cfg: Model, model_type: str, how_to: str) -> tuple[Path, Any]:
+    """The folder and its configuration. Raises ValueError where it holds no model of this type."""
+    folder = files.checked(cfg.path, model_type, how_to)
+    return folder, AutoConfig.from_pretrained(folder)
+
+
+def facts(folder: Path, config: Any) -> Processor:
+    """What all LLaVA families need to know of a folder. Raises ValueError where it lacks something."""
+    tower = config.vision_config
+    if tower.model_type not in CLASS_TOKENS:
+        raise ValueError(
+            f"model.path: {folder}: its tower is a {tower.model_type}, not one of {', '.join(CLASS_TOKENS)}"
+        )
+    patches = tower.image_size // tower.patch_size
+    dropped = config.vision_feature_select_strategy == "default"
+    return Processor(
+        chat=chat.read(folder),
+        image_token_id=config.image_token_id,
+        images=images.settings(folder, tower.image_size),
+        patches=patches,
+        tokens=patches**2 + CLASS_TOKENS[tower.model_type] - dropped,
+    )
+
+
+def load(cfg: Model) -> PreTrainedModel:
+    """The Llava model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
+    return loaded(cfg, "llava", HOW_TO)
+
+
+def loaded(cfg: Model, model_type: str, how_to: str) -> PreTrainedModel:
+    """The model of a folder of this type, with tree attention in its language part."""
+    return AutoModelForImageTextToText.from_pretrained(
+        files.checked(cfg.path, model_type, how_to),
+        dtype=getattr(torch, cfg.dtype),
+        attn_implementation={"text_config": attention.register(cfg.attention), "vision_config": "sdpa"},
+    )
+
+
+def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
+    """Prompt and responses as token ids, each placeholder expanded to one picture's tokens. Raises BadSample."""
+    only_images(sample, "llava")
+    return expanded(p, sample, image=[p.tokens] * len(sample.media), patches=len(sample.media) * p.patches**2)
+
+
+def only_images(sample: Sample, family: str) -> None:
+    """Raises BadSample where there is a video."""
+    if any(item.kind != "image" for item in sample.media):
+        raise BadSample(f"{sample.key}: family {family} takes images, not videos")
+
+
+def expanded(
+    p: Processor,
+    sample: Sample,
+    *,
+    image: list[int],
+    video: list[int] | None = None,
+    patches: int,
+    grid: list[tuple[int, ...]] | None = None,
+) -> Encoded:
+    """The sample's tokens; image, video: visual tokens of each item of the kind. Raises BadSample."""
+    question, counts = sample.question, {p.image_token_id: image}
+    if video is not None:
+        counts[p.video_token_id] = video
+    for placeholder, token in zip(("<image>", "<video>"), counts, strict=False):
+        question = question.replace(placeholder, str(p.chat.tokenizer.convert_ids_to_tokens(token)))
+    return Encoded(
+        key=sample.key,
+        prompt=chat.expand(chat.prompt_ids(p.chat, question), counts, sample.key),
+        responses=chat.response_ids(p.chat, sample),
+        weights=chat.phrase_weights(p.chat, sample),
+        scores=tuple(response.score for response in sample.responses),
+        patches=patches,
+        grid=torch.tensor(grid) if grid else None,
+    )
+
+
+def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
+    """One picture per image [images, 3, side, side] uint8, or None without media. Raises BadSample."""
+    if not sample.media:
+        return None
+    return images.stack([images.picture(images.read(item), p.images) for item in sample.media])
+
+
+def blank(p: Processor) -> Encoded:
+    """One black picture, no text, no responses."""
+    return black(p, p.tokens, pictures=1)
+
+
+def black(p: Processor, tokens: int, *, pictures: int, grid: tuple[int, ...] | None = None) -> Encoded:
+    """An image of black pictures alone."""
+    return Encoded(
+        key="blank",
+        prompt=torch.full((tokens,), p.image_token_id),
+        responses=(),
+        weights=None,
+        scores=(),
+        patches=pictures * p.patches**2,
+        pixels=torch.zeros(pictures, 3, p.images.side, p.images.side, dtype=torch.uint8),
+        grid=None if grid is None else torch.tensor([grid]),
+    )
+
+
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
+    """[F, 3, side, side] uint8 -> [F * tokens, H]."""
+    return project(model, images.normalized(pixels, p.images.mean, p.images.std)).flatten(0, 1)
+
+
+def project(model: Any, pixels: Tensor) -> Tensor:
+    """Tower and projector: [F, 3, side, side] normalized -> [F, tokens, H], the class token dropped as configured."""
+    tower, config = model.model.vision_tower, model.config
+    layers = config.vision_feature_layer
+    out = tower(pixels.to(tower.dtype), output_hidden_states=layers if CAPTURES_ONE else True, return_dict=True)
+    states = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        states = [x[:, 1:] for x in states]
+    return model.model.multi_modal_projector(torch.cat(states, dim=-1))
+
+
+def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = None) -> Tensor:
+    """See Family. features: [visual tokens, H] in row order."""
+    return last_hidden(model, batch, {} if features is None else {"image": [features]}, cache)
+
+
+def last_hidden(model: Any, batch: MicroBatch, visual: dict[str, Any], cache: Any) -> Tensor:
+    """[T, H] of the language model. visual: what the outputs of the encoders would hold, by kind."""
+    return model.model(
+        input_ids=batch.ids[None],
+        position_ids=batch.positions[None],
+        mm_encoder_outputs={kind: BaseModelOutputWithPooling(pooler_output=x) for kind, x in visual.items()} or None,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        tree=batch.tree if cache is None else None,
+    ).last_hidden_state[0]
