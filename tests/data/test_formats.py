@@ -289,8 +289,8 @@ def test_unreadable_files_are_named(tmp_path, root, name, content, reason):
 def test_missing_files_and_unknown_formats(tmp_path, root):
     with pytest.raises(ValueError, match="gone.json: no such file"):
         read(tmp_path / "gone.json", root)
-    with pytest.raises(ValueError, match="unknown 'perpo', expected one of dpo, rrpo"):
-        read(tmp_path / "gone.json", root, "perpo")
+    with pytest.raises(ValueError, match="unknown 'coco', expected one of dpo, llava, mia"):
+        read(tmp_path / "gone.json", root, "coco")
     with pytest.raises(ValueError, match="data.require_phrase: unknown option"):
         read(tmp_path / "gone.json", root, require_phrase=False)
 
