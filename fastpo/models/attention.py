@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from fastpo_kernels import Tree, tree_attention
 
-BACKENDS = ("auto", "reference", "varlen")
+BACKENDS = ("auto", "reference", "varlen", "triton")
 
 
 def _attention(backend: str):

@@ -118,10 +118,12 @@ def test_refuses_what_does_not_fit(change, message):
         tree_attention(*change(q, k, v), tree("pairs"))
 
 
-@pytest.mark.parametrize("backend, message", [("varlen", "cannot run on a cpu"), ("flex", "is unknown")])
+@pytest.mark.parametrize(
+    "backend, message", [("varlen", "cannot run on a cpu"), ("triton", "cannot run on a cpu"), ("flex", "is unknown")]
+)
 def test_refuses_a_backend_and_names_the_possible_ones(backend, message):
     q, k, v, _ = inputs("pairs", 4, 2, 16, torch.float32)
-    with pytest.raises(ValueError, match=f"'{backend}' {message}.*varlen, reference.*usable here: reference"):
+    with pytest.raises(ValueError, match=f"'{backend}' {message}.*varlen, triton, reference.*usable here: reference"):
         tree_attention(q, k, v, tree("pairs"), backend=backend)
 
 
@@ -134,3 +136,33 @@ def test_varlen_equals_dense_masked_attention(name, heads, kv_heads, size, dtype
     made = inputs(name, heads, kv_heads, size, dtype, "cuda")
     moved = tree(name).to("cuda")
     assert_matches_dense(name, lambda *qkv: tree_attention(*qkv, moved, backend="varlen"), made, None, eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels need a CUDA device")
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("heads, kv_heads, size", [(3, 3, 16), (6, 2, 80), (4, 4, 128), (2, 1, 256)])
+@pytest.mark.parametrize("dtype, eps", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)])
+def test_triton_equals_dense_masked_attention(name, heads, kv_heads, size, dtype, eps):
+    made = inputs(name, heads, kv_heads, size, dtype, "cuda")
+    moved = tree(name).to("cuda")
+    assert_matches_dense(name, lambda *qkv: tree_attention(*qkv, moved, backend="triton"), made, None, eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels need a CUDA device")
+def test_triton_equals_varlen_on_a_long_prompt_and_repeats_itself():
+    torch.manual_seed(0)
+    long = Tree(torch.tensor([0, 3001, 3100, 4003, 4010]), torch.tensor([-1, 0, 0, 0])).to("cuda")
+    q, k, v, g = (torch.randn(4010, n, 128, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2, 8))
+    runs = {
+        backend: with_gradients(lambda *qkv, b=backend: tree_attention(*qkv, long, backend=b), q, k, v, g)
+        for backend in ("triton", "varlen")
+    }
+    exact = with_gradients(
+        lambda *qkv: tree_attention(*qkv, long, backend="reference"), *(x.double() for x in (q, k, v, g))
+    )
+    for what, *three in zip(("out", "dq", "dk", "dv"), runs["triton"], runs["varlen"], exact, strict=True):
+        assert_no_worse(*three, eps=8e-3, what=what)
+    again = with_gradients(lambda *qkv: tree_attention(*qkv, long, backend="triton"), q, k, v, g)
+    assert all(a.equal(b) for a, b in zip(again, runs["triton"], strict=True))

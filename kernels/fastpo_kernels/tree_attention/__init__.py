@@ -1,13 +1,37 @@
 """Attention over a forest of segments packed into one row."""
 
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
 from fastpo_kernels.dispatch import choose
 from fastpo_kernels.tree_attention import reference, varlen
-from fastpo_kernels.types import Tree
+from fastpo_kernels.types import Plan, Tree
 
-RUNS = {"varlen": varlen.runs, "reference": lambda q: True}  # best first
-ATTEND = {"varlen": varlen.attend, "reference": reference.attend}
+HAS_TRITON = find_spec("triton") is not None
+
+
+def _triton_runs(q: Tensor) -> bool:
+    return (
+        HAS_TRITON
+        and q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and q.shape[-1] % 16 == 0
+        and 16 <= q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None) -> Tensor:
+    from fastpo_kernels.tree_attention import launch  # Triton is imported on first use
+
+    return launch.attend(q, k, v, plan, scale)
+
+
+# best first; "triton" is behind "reference", which runs everywhere, since it has not been measured
+RUNS = {"varlen": varlen.runs, "reference": lambda q: True, "triton": _triton_runs}
+ATTEND = {"varlen": varlen.attend, "reference": reference.attend, "triton": _triton}
 
 
 def tree_attention(
@@ -19,8 +43,10 @@ def tree_attention(
     i // (heads / kv_heads)); one dtype and device. tree: of T tokens, on the same device. scale: None is D ** -0.5.
     Returns [T, heads, D] in the dtype of q. No object of size T x T is built.
     backend: "reference" runs anywhere; "varlen" runs fp16 and bf16 on CUDA (sm_80 and later, D a multiple of 8 up to
-    256); "auto" is varlen where it runs, else reference. Raises ValueError for shapes, dtypes, devices and backends
-    that do not fit.
+    256) with the keys of ancestors gathered for each segment; "triton" (CUDA, sm_80 and later, not float64, D a
+    multiple of 16 up to 256) reads them where they lie, and all its gradients are deterministic. "auto" is varlen where
+    it runs, else reference: "triton" has been interpreted and compiled but never timed on a device, and so is only
+    taken where it is asked for. Raises ValueError for shapes, dtypes, devices and backends that do not fit.
     """
     _check(q, k, v, tree)
     return ATTEND[choose(backend, q, RUNS)](q, k, v, tree.plan, scale)
