@@ -51,7 +51,9 @@ class Lora(Section):
 
 class Model(Section):
     path: str
-    family: Literal["llava_video", "llava", "llava_next", "llava_onevision"] = "llava_video"
+    family: Literal[
+        "llava_video", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
+    ] = "llava_video"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["auto", "reference", "varlen"] = "auto"
     pooling: Literal["bilinear", "average"] = "bilinear"  # of llava_video

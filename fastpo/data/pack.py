@@ -61,7 +61,7 @@ def pack(encoded: Sequence[Encoded], blank: Encoded | None, skipped: Sequence[tu
         of = sample.parents or (-1,) * len(sample.responses)
         parents += [-1, *[root + 1 + parent for parent in of]]
         first = torch.arange(len(sample.prompt)) if sample.positions is None else sample.positions
-        segments = [_Segment(offset, len(sample.prompt), int(first.max()) + 1 if first.numel() else 0)]
+        segments = [_Segment(offset, len(sample.prompt), int(first[..., -1].max()) + 1 if first.numel() else 0)]
         ids.append(sample.prompt)
         positions.append(first)
         offset += len(sample.prompt)

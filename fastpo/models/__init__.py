@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastpo.config import Model
-from fastpo.models import llava, llava_next, llava_onevision, llava_video
+from fastpo.models import llava, llava_next, llava_onevision, llava_video, qwen_vl
 from fastpo.sample import Encoded, MicroBatch, Sample, Sampling
 
 
@@ -68,4 +68,7 @@ FAMILIES: Mapping[str, Family] = {
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "qwen2_vl": qwen_vl,
+    "qwen2_5_vl": qwen_vl,
+    "qwen3_vl": qwen_vl,
 }

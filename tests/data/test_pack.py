@@ -90,11 +90,11 @@ def test_a_tree_of_depth_two_with_untrained_tokens():
     assert batch.segments.tokens.tolist() == [1, 2, 1] and batch.segments.weight.tolist() == [1, 4, 5, 6]
 
 
-def test_positions_of_three_axes_continue_from_the_largest():
+def test_positions_of_three_axes_continue_from_the_last_token():
     three = tiny.sample("a", torch.Generator().manual_seed(1), before=2, after=1, frames=1, responses=[2])
     grid = torch.stack([torch.arange(23) % 7, torch.arange(23) % 5, torch.arange(23) % 3])
     text = tiny.sample("b", torch.Generator().manual_seed(2), before=2, after=0, frames=0, responses=[1])
     batch = pack([replace(three, positions=grid, grid=torch.tensor([[1, 4, 4]])), text], tiny.blank())
     assert batch.positions.shape == (3, 28) and torch.equal(batch.positions[:, :23], grid)
-    assert batch.positions[:, 23:].tolist() == [[7, 8, 0, 1, 2]] * 3
+    assert batch.positions[:, 23:].tolist() == [[3, 4, 0, 1, 2]] * 3
     assert batch.grid.tolist() == [[1, 4, 4]]

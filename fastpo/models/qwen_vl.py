@@ -1,0 +1,271 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and frames of any shape as patches, positions on three axes.
+
+An image or a frame is resized to a multiple of the merged patch within the folder's limits of pixels. Patches span two
+frames; an image, or a last odd frame, is repeated. Facts: transformers 5.23, models/qwen2_vl/
+image_processing_pil_qwen2_vl.py, models/qwen3_vl/video_processing_qwen3_vl.py and processing_qwen3_vl.py.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    Qwen2_5_VLModel,
+    Qwen2VLModel,
+    Qwen3VLModel,
+)
+
+from fastpo.config import Model
+from fastpo.data import media
+from fastpo.models import attention, chat, files
+from fastpo.models.chat import Chat
+from fastpo.sample import BadSample, Encoded, Media, MicroBatch, Sample, Sampling
+
+parts = MappingProxyType(
+    {
+        "vision": ("model.visual.patch_embed", "model.visual.pos_embed", "model.visual.blocks"),
+        "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+        "language": ("model.language_model",),
+        "head": ("lm_head",),
+    }
+)
+external = ()
+
+MODELS: dict[str, Any] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
+HOW_TO = (
+    "Download a checkpoint of that kind, for example with `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir "
+    "weights/qwen`, and point model.path at that folder."
+)
+Shape = tuple[int, int, int]  # patches of an item along time, height and width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Processor:
+    """config: of the model folder; its model_type says which of the three this is."""
+
+    chat: Chat
+    config: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_pixels: tuple[int, int]  # fewest and most of an image
+    video_pixels: tuple[int, int]  # of a frame; Qwen3-VL: of all frames together
+
+    @property
+    def stamped(self) -> bool:
+        """Qwen3-VL writes each pair of frames' time into the text."""
+        return self.config.model_type == "qwen3_vl"
+
+
+def processor(cfg: Model) -> Processor:
+    """Reads tokenizer, chat template and limits. Raises ValueError where the folder lacks something."""
+    folder = files.checked(cfg.path, cfg.family, HOW_TO)
+    image: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return Processor(
+        chat=chat.read(folder),
+        config=AutoConfig.from_pretrained(folder),
+        mean=tuple(image.image_mean),
+        std=tuple(image.image_std),
+        image_pixels=(image.size["shortest_edge"], image.size["longest_edge"]),
+        video_pixels=_video_pixels(folder),
+    )
+
+
+def _video_pixels(folder: Path) -> tuple[int, int]:
+    """From video_preprocessor_config.json, without it from the image's file, as transformers' AutoVideoProcessor."""
+    own = folder / "video_preprocessor_config.json"
+    file = own if own.is_file() else folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    size = settings.get("size") or {}
+    low = settings.get("min_pixels") or size.get("shortest_edge")
+    high = settings.get("max_pixels") or size.get("longest_edge")
+    if not low or not high:
+        raise ValueError(
+            f"model.path: {file} says neither min_pixels and max_pixels nor size: its limits are not known"
+        )
+    return low, high
+
+
+def load(cfg: Model) -> PreTrainedModel:
+    """The model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
+    return AutoModelForImageTextToText.from_pretrained(
+        files.checked(cfg.path, cfg.family, HOW_TO),
+        dtype=getattr(torch, cfg.dtype),
+        attn_implementation={"text_config": attention.register(cfg.attention), "vision_config": "sdpa"},
+    )
+
+
+def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
+    """Prompt and responses as token ids, each placeholder as many as its item has merged patches. Raises BadSample.
+
+    grid: [items, 3] patches along time, height and width. Qwen3-VL: "<1.5 seconds>" before each pair of frames, the
+    mean of their times, and a run of placeholders after it.
+    """
+    shapes = [_shape(p, item, sampling) for item in sample.media]
+    marked = iter([_marked(p, item, shape, sampling) for item, shape in zip(sample.media, shapes, strict=True)])
+    ids = chat.prompt_ids(p.chat, re.sub("<image>|<video>", lambda found: next(marked, found[0]), sample.question))
+    merged = p.config.vision_config.spatial_merge_size**2
+    counts: dict[int, list[int]] = {p.config.image_token_id: [], p.config.video_token_id: []}
+    for item, (t, h, w) in zip(sample.media, shapes, strict=True):
+        runs = t if item.kind == "video" and p.stamped else 1
+        counts[_token(p, item)] += [t * h * w // merged // runs] * runs
+    prompt = chat.expand(ids, counts, sample.key)
+    return Encoded(
+        key=sample.key,
+        prompt=prompt,
+        responses=chat.response_ids(p.chat, sample),
+        weights=chat.phrase_weights(p.chat, sample),
+        scores=tuple(response.score for response in sample.responses),
+        positions=positions(p, prompt, sample.media, shapes, sampling) if shapes else None,
+        patches=sum(map(math.prod, shapes)),
+        grid=torch.tensor(shapes) if shapes else None,
+    )
+
+
+def _token(p: Processor, item: Media) -> int:
+    return p.config.video_token_id if item.kind == "video" else p.config.image_token_id
+
+
+def _marked(p: Processor, item: Media, shape: Shape, sampling: Sampling) -> str:
+    """What stands for an item in the text: one media token between marks, Qwen3-VL: one for each pair of frames."""
+    around = [p.config.vision_start_token_id, _token(p, item), p.config.vision_end_token_id]
+    mark = "".join(p.chat.tokenizer.convert_ids_to_tokens(around))
+    if item.kind == "image" or not p.stamped:
+        return mark
+    frames, pair = media.frame_count(item, sampling), p.config.vision_config.temporal_patch_size
+    seconds = [min(k, frames - 1) * media.duration(item.path) / frames for k in range(shape[0] * pair)]
+    means = [(seconds[k] + seconds[k + pair - 1]) / 2 for k in range(0, len(seconds), pair)]
+    return "".join(f"<{second:.1f} seconds>{mark}" for second in means)
+
+
+def _shape(p: Processor, item: Media, sampling: Sampling) -> Shape:
+    """Patches of an item along time, height and width, from its metadata. Raises BadSample."""
+    v = p.config.vision_config
+    frames, (height, width) = media.frame_count(item, sampling), media.size(item)
+    if max(height, width) > 200 * min(height, width):
+        raise BadSample(f"{item.path}: {width} x {height} pixels, more than 200 times as long as wide")
+    low, high = p.video_pixels if item.kind == "video" else p.image_pixels
+    together = max(frames, v.temporal_patch_size) if item.kind == "video" and p.stamped else None
+    height, width = fitted(
+        height, width, factor=v.patch_size * v.spatial_merge_size, low=low, high=high, frames=together
+    )
+    return -(-frames // v.temporal_patch_size), height // v.patch_size, width // v.patch_size
+
+
+def fitted(height: int, width: int, *, factor: int, low: int, high: int, frames: int | None = None) -> tuple[int, int]:
+    """Height and width, rounded to multiples of `factor`, that hold `low` to `high` pixels.
+
+    frames: the limits are of so many frames together (Qwen3-VL's videos). The published smart_resize of Qwen2-VL and,
+    with frames, of Qwen3-VL, which counts an odd number of frames now up, now down.
+    """
+    count, even = (1, 1) if frames is None else (frames, 2 * round(frames / 2))
+    if frames is not None and min(height, width) < factor:
+        scale = factor / min(height, width)
+        height, width = int(height * scale), int(width * scale)
+    sides = [round(side / factor) * factor for side in (height, width)]
+    if even * math.prod(sides) > high:
+        shrink = math.sqrt(count * height * width / high)
+        sides = [max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)]
+    elif even * math.prod(sides) < low:
+        grow = math.sqrt(low / (count * height * width))
+        sides = [math.ceil(side * grow / factor) * factor for side in (height, width)]
+    return sides[0], sides[1]
+
+
+def positions(p: Processor, ids: Tensor, items: Sequence[Media], shapes: Sequence[Shape], sampling: Sampling) -> Tensor:
+    """[3, n] positions along time, height and width, by the installed model's own get_rope_index, without weights."""
+    model = MODELS[p.config.model_type]
+    bare = SimpleNamespace(config=p.config, get_vision_position_ids=partial(model.get_vision_position_ids, None))
+    of: dict[str, list[Shape]] = {"image": [], "video": []}
+    for item, shape in zip(items, shapes, strict=True):
+        of[item.kind].append(shape)
+    videos = [item for item in items if item.kind == "video"]
+    timed = p.config.model_type == "qwen2_5_vl"
+    found, _ = model.get_rope_index(
+        bare,
+        ids[None],
+        ((ids == p.config.image_token_id) + 2 * (ids == p.config.video_token_id))[None],
+        image_grid_thw=torch.tensor(of["image"]) if of["image"] else None,
+        video_grid_thw=torch.tensor(of["video"]) if of["video"] else None,
+        second_per_grid_ts=[_seconds_per_patch(p, item, sampling) for item in videos] if timed else None,
+    )
+    return found[:, 0]
+
+
+def _seconds_per_patch(p: Processor, item: Media, sampling: Sampling) -> float:
+    pair = p.config.vision_config.temporal_patch_size
+    return pair * media.duration(item.path) / media.frame_count(item, sampling)
+
+
+def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
+    """[patches, 3 * 2 * patch ** 2] uint8 of all items, or None without media. Raises BadSample."""
+    if not sample.media:
+        return None
+    return torch.cat([_patches(p, item, sampling) for item in sample.media])
+
+
+def _patches(p: Processor, item: Media, sampling: Sampling) -> Tensor:
+    """[t * h * w, 3 * time * patch * patch] uint8. The patches that are merged later stand side by side."""
+    v, (t, h, w) = p.config.vision_config, _shape(p, item, sampling)
+    frames = media.decode(item, media.frame_count(item, sampling))
+    side, merge, time = v.patch_size, v.spatial_merge_size, v.temporal_patch_size
+    x = media.resize(frames, (h * side, w * side))
+    x = x[torch.tensor(np.minimum(np.arange(t * time), len(x) - 1))]
+    x = x.view(t, time, 3, h // merge, merge, side, w // merge, merge, side)
+    return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
+
+
+def blank(p: Processor) -> Encoded:
+    """One black image of one token, no text, no responses."""
+    v = p.config.vision_config
+    side = v.spatial_merge_size
+    return Encoded(
+        key="blank",
+        prompt=torch.tensor([p.config.image_token_id]),
+        responses=(),
+        weights=None,
+        scores=(),
+        patches=side**2,
+        pixels=torch.zeros(side**2, 3 * v.temporal_patch_size * v.patch_size**2, dtype=torch.uint8),
+        grid=torch.tensor([[1, side, side]]),
+    )
+
+
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    """Rows of patches -> [visual tokens, H], and for Qwen3-VL as much for each of the first layers (deepstack)."""
+    visual = model.model.visual
+    mean, std = (pixels.new_tensor(x, dtype=torch.float32)[:, None] for x in (p.mean, p.std))
+    x = (pixels.view(len(pixels), 3, -1).float() / 255 - mean) / std
+    out = visual(x.flatten(1).to(visual.dtype), grid_thw=grid, return_dict=True)
+    return (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
+
+
+def hidden(model: Any, batch: MicroBatch, features: tuple[Tensor, ...] | None, cache: Any = None) -> Tensor:
+    """See Family. features: in row order, images and videos together."""
+    text, config, ids = model.model.language_model, model.config, batch.ids
+    embeds, deep = text.embed_tokens(ids), {}
+    if features is not None:
+        visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+        embeds = embeds.masked_scatter(visual[:, None], features[0].to(embeds.dtype))
+        if features[1:]:
+            deep = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": list(features[1:])}
+    return text(
+        inputs_embeds=embeds[None],
+        position_ids=batch.positions.expand(3, -1)[:, None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        tree=batch.tree if cache is None else None,
+        **deep,
+    ).last_hidden_state[0]
