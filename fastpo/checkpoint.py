@@ -11,11 +11,12 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastpo.config import Run
 from fastpo.engine import Engine
-from fastpo.models.files import copy_side_files
+from fastpo.models.files import VALUE_HEAD, copy_side_files
 
 HARMLESS = (
     "save_every",
@@ -76,6 +77,9 @@ def export(engine: Engine, run: Run, folder: Path) -> Path:
     is_adapter = hasattr(model, "peft_config")
     target = folder / ("adapter" if is_adapter else "model")
     state = _gather(engine, only_trained=is_adapter)
+    head = engine.policy.value_head
+    with engine.gathered([] if head is None else list(head.parameters())):
+        values = {} if head is None else {k: v.detach().float().cpu().clone() for k, v in head.state_dict().items()}
     if dist.get_rank() != 0:
         return target
     if is_adapter:
@@ -83,13 +87,13 @@ def export(engine: Engine, run: Run, folder: Path) -> Path:
         model.save_pretrained(target, state_dict=state)
         rest = {k: v for k, v in state.items() if "lora_" not in k}
         if rest:  # trained projector, vision tower or head beside the adapter
-            from safetensors.torch import save_file
-
             save_file(
                 {k.removeprefix("base_model.model."): v for k, v in rest.items()}, target / "trained_parts.safetensors"
             )
     else:
         model.save_pretrained(target, state_dict=state)
+    if values:
+        save_file(values, target / VALUE_HEAD)
     copy_side_files(Path(run.model.path), target)
     return target
 

@@ -55,7 +55,7 @@ class Model(Section):
         "llava_video", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
     ] = "llava_video"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    attention: Literal["auto", "reference", "varlen"] = "auto"
+    attention: Literal["auto", "reference", "varlen", "triton"] = "auto"
     pooling: Literal["bilinear", "average"] = "bilinear"  # of llava_video
     time_instruction: bool = False  # llava_video: tell the model the times of the frames; RRPO's training did not
     liger: Literal["auto", "on", "off"] = "auto"
@@ -110,6 +110,41 @@ class Generation(Section):
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
 
 
+class Gae(Section):
+    """PPO's advantages: the reward at an answer's end, a KL penalty at each token, a critic."""
+
+    beta: NonNegative = 0.1  # of the KL in the reward
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    reward_clip: Positive = 10.0
+    standardise: bool = False  # rewards by mean and deviation of the last 1000
+    whiten: bool = True
+    critic_steps: Annotated[int, Field(ge=0)] = 0  # first steps, in which only the critic learns
+
+
+class Rollout(Section):
+    """Answers sampled from the policy while it is trained (GRPO, PPO)."""
+
+    group: Count = 8  # answers to a prompt
+    updates: Count = 1  # optimizer steps on one rollout
+    generation: Generation = Generation()
+    rewards: tuple[Plugin, ...] = ()  # name, weight (1.0), the reward's options
+    reward_model: str | None = None  # a folder that a run with the loss `reward` wrote
+    reward_model_weight: float = 1.0
+    advantage: Literal["grpo", "dr_grpo", "rloo", "gae"] = "grpo"
+    gae: Gae = Gae()
+
+    @model_validator(mode="after")
+    def _rewarded(self) -> "Rollout":
+        if not self.rewards and self.reward_model is None:
+            raise ValueError("needs rewards or a reward_model")
+        if self.generation.temperature == 0:
+            raise ValueError("generation.temperature: 0 samples nothing")
+        if self.group == 1 and self.advantage != "gae":
+            raise ValueError(f"advantage: {self.advantage} compares the answers to a prompt: group must be 2 or more")
+        return self
+
+
 class Engine(Section):
     zero: Annotated[int, Field(ge=0, le=3)] = 3
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -139,6 +174,7 @@ class Run(Section):
     loss: Plugin
     optim: Optim
     reference: Reference = Reference()
+    rollout: Rollout | None = None
     engine: Engine = Engine()
     log: Log = Log()
     warmup: Warmup | None = None
@@ -180,6 +216,7 @@ def warmup_run(run: Run) -> Run:
         "optim": {"lr": run.warmup.lr, "steps": run.warmup.steps},
         "reference": {"mode": "none"},
         "warmup": None,
+        "rollout": None,
     }
     return Run.model_validate(stage)
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from fastpo import metrics
 from fastpo.config import Run
 from fastpo.data import loader
-from fastpo.fit import make_data, make_feed, total_steps
+from fastpo.fit import kept_responses, make_data, make_feed, total_steps
 from fastpo.models import FAMILIES, trainable
 
 GIB = 2**30
@@ -23,7 +23,7 @@ def report(run: Run) -> None:
     make_data(run)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     feed = make_feed(run, rank=0, ranks=ranks)
-    table = feed.read(run.data.train, best_only=run.loss.name == "sft")
+    table = feed.read(run.data.train, keep=kept_responses(run))
     total = total_steps(run, len(table))
     steps = min(total, -(-len(table) // run.batch.prompts))
     chosen = [loader.step_samples(len(table), s, prompts=run.batch.prompts, seed=run.seed) for s in range(steps)]

@@ -158,6 +158,12 @@ class Engine:
         dist.all_reduce(total)
         return total.tolist()
 
+    def all_max(self, value: int) -> int:
+        """Largest over ranks."""
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         """Whole parameters under ZeRO-3; all ranks have to enter."""
         sharded = [p for p in parameters if hasattr(p, "ds_id")]

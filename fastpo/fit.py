@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 import fastpo
 import fastpo_kernels
-from fastpo import checkpoint, metrics, reference
+from fastpo import checkpoint, metrics, reference, reward_model, rollout
 from fastpo.config import Run
 from fastpo.data import loader, synthetic
 from fastpo.data.loader import Feed, Table
@@ -46,10 +46,13 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     a loss that is not finite.
     """
     rank, ranks, device = init_distributed()
-    objective = resolve(losses.LOSSES, run.loss, key="loss")
+    objective = resolve({**losses.LOSSES, "grpo": losses.grpo}, run.loss, key="loss")
+    _check_rollout(run, losses.needs(objective))
     feed = make_feed(run, rank, ranks)
-    table = feed.read(run.data.train, best_only=run.loss.name == "sft")
-    held_out = feed.read(run.data.eval) if run.data.eval else None
+    table = feed.read(run.data.train, keep=kept_responses(run))
+    held_out = feed.read(run.data.eval, keep="none" if run.rollout else "all") if run.data.eval else None
+    if run.rollout:
+        rollout.check(run, table)
     total = total_steps(run, len(table))
     resume = checkpoint.latest(run)
     if rank == 0:
@@ -57,10 +60,20 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
         _list_skipped(run, [*table.skipped, *(held_out.skipped if held_out else [])])
 
     engine = Engine(run, make_policy(run, losses.needs(objective), device), total)
+    scorer = reward_model.load(run, device) if run.rollout and run.rollout.reward_model else None
     attach = _reference_cache(run, engine, feed, [table, held_out] if held_out else [table])
     start = checkpoint.load(engine, resume) if resume else 0
-    order = [loader.step_samples(len(table), s, prompts=run.batch.prompts, seed=run.seed) for s in range(start, total)]
-    meter = meter_for(objective, engine.device)
+    updates = run.rollout.updates if run.rollout else 1
+    order = [
+        loader.step_samples(len(table), s // updates, prompts=run.batch.prompts, seed=run.seed)
+        for s in range(start, total)
+    ]
+    meter = meter_for(objective, engine.device, rollout.names(run.rollout) if run.rollout else ())
+    windows = (
+        rollout.windows(engine, feed, table, order, run, meter, start, scorer)
+        if run.rollout
+        else _ready(run, feed.windows(table, order), attach)
+    )
     stop = stop or threading.Event()
     log = metrics.Log(
         run.out, total, tensorboard=run.log.tensorboard, wandb=run.log.wandb, resume_step=start if resume else None,
@@ -68,7 +81,10 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     )  # fmt: skip
 
     def evaluate(step: int) -> None:
-        if held_out is not None:
+        if held_out is not None and run.rollout:
+            means = rollout.mean_rewards(engine, feed, held_out, run, scorer)
+            log.write(step, {f"eval/{name}": value for name, value in means.items()})
+        elif held_out is not None:
             rows = _ready(run, feed.windows(held_out, loader.in_order(len(held_out), run.batch.prompts)), attach)
             means = eval_pass(engine, rows, objective, meter_for(objective, engine.device))
             log.write(step, {f"eval/{name}": value for name, value in means.items()})
@@ -79,18 +95,19 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
             evaluate(0)
         engine.train()
         begin = time.monotonic()
-        for step, window in enumerate(_ready(run, feed.windows(table, order), attach), start=start + 1):
+        for step, window in enumerate(windows, start=start + 1):
             torch.manual_seed(random.Random(f"{run.seed}/{step}/{rank}").getrandbits(63))  # dropout; the same on resume
             numbers = train_step(engine, window, objective, meter)
             seen, stopped = engine.all_sum([float(sum(len(batch.ids) for batch in window)), float(stop.is_set())])
+            whole = step % updates == 0 or step == total  # between the updates of a rollout a run cannot be resumed
             took = time.monotonic() - begin
             log.write(step, meter.reduce() | numbers | {"tokens_per_s": seen / took})
             tokens, seconds = tokens + seen, seconds + took
             if run.log.eval_every and step % run.log.eval_every == 0 and step < total and not stopped:
                 evaluate(step)  # before saving: a run killed in between evaluates again
-            if stopped or step == total or step % run.save_every == 0:
+            if whole and (stopped or step == total or step % run.save_every < updates):
                 checkpoint.save(engine, run, step)
-            if stopped:
+            if whole and stopped:
                 _say(rank, f"stopped by SIGTERM after step {step}, saved in {run.out / 'checkpoints'}")
                 sys.exit(0)
             begin = time.monotonic()
@@ -100,6 +117,11 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     if rank == 0:
         _summary(run, folder, tokens / seconds if seconds else None, device)
     return folder
+
+
+def kept_responses(run: Run) -> loader.Keep:
+    """Which responses of the training rows are read."""
+    return "none" if run.rollout else "best" if run.loss.name == "sft" else "all"
 
 
 def on_sigterm() -> threading.Event:
@@ -158,12 +180,24 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
         stats=stats,
         reference=copy,
         backend=run.backend,
+        temperature=run.rollout.generation.temperature if run.rollout else 1.0,
     )
+
+
+def _check_rollout(run: Run, needed: frozenset[str]) -> None:
+    sampled = sorted(needed & set(losses.ROLLOUT))
+    if sampled and run.rollout is None:
+        raise ValueError(f"loss.name: {run.loss.name} learns from sampled answers: add a rollout section")
+    if run.rollout and not sampled:
+        raise ValueError(f"rollout: the loss {run.loss.name} reads the answers of the data set, not sampled ones")
+    if run.rollout and run.reference.mode == "cache":
+        raise ValueError("reference.mode: cache holds a data set's answers, not sampled ones; use copy or adapter_off")
 
 
 def total_steps(run: Run, count: int) -> int:
     """optim.steps, or those of optim.epochs over `count` samples (an epoch's last step may be smaller)."""
-    return run.optim.steps or max(1, round(run.optim.epochs * -(-count // run.batch.prompts)))
+    updates = run.rollout.updates if run.rollout else 1
+    return run.optim.steps or max(1, round(run.optim.epochs * -(-count // run.batch.prompts)) * updates)
 
 
 def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) -> Attach:

@@ -51,17 +51,17 @@ def evaluate(engine: Engine, batch: MicroBatch, objective: Callable[..., LossOut
     """The loss of one micro-batch from the statistics that its signature asks for."""
     batch = batch.to(engine.device)
     found = engine.stats(batch) | dict(batch.given)
-    return objective(**{name: found[name] for name in losses.needs(objective)}, seg=batch.segments)
+    return objective(**{name: found.get(name) for name in losses.needs(objective)}, seg=batch.segments)
 
 
-def meter_for(objective: Callable[..., LossOut], device: torch.device | str) -> Meter:
-    """A meter for the loss and its metrics, whose names come from a call without samples."""
+def meter_for(objective: Callable[..., LossOut], device: torch.device | str, more: tuple[str, ...] = ()) -> Meter:
+    """A meter for the loss and its metrics, whose names come from a call without samples, and for `more`."""
     nothing = torch.zeros(0)
     out = objective(
         **dict.fromkeys(losses.needs(objective), nothing),
         seg=Segments.build(tokens=[], groups=[], score=nothing, weight=nothing),
     )
-    return Meter(("loss", *out.metrics), device)
+    return Meter(("loss", *out.metrics, *more), device)
 
 
 def record(meter: Meter, out: LossOut) -> None:

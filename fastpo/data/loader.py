@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +17,7 @@ from fastpo.data import formats
 from fastpo.data.pack import pack, plan, spread
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample
 
+Keep = Literal["all", "best", "none"]
 Skipped = list[tuple[str, str]]  # (key, reason)
 
 
@@ -44,8 +45,9 @@ class Feed:
     rank: int
     ranks: int
 
-    def read(self, source: Source, *, best_only: bool = False) -> Table:
-        """Reads, checks and tokenises every row. best_only keeps each prompt's best responses (supervised training).
+    def read(self, source: Source, *, keep: Keep = "all") -> Table:
+        """Reads, checks and tokenises every row. keep: which of a prompt's responses, "best" for supervised training,
+        "none" for rollouts.
 
         Raises BadSample at the first bad row under on_bad_sample: error, ValueError where no row is left.
         """
@@ -54,7 +56,7 @@ class Feed:
             try:
                 if isinstance(row, BadSample):
                     raise row
-                sample = _best(row) if best_only else row
+                sample = _kept(row, keep)
                 tokens = self.encode(sample)
                 if tokens.tokens > self.budget:
                     raise BadSample(f"{row.key}: {tokens.tokens} tokens, more than batch.tokens: {self.budget}")
@@ -151,6 +153,12 @@ def _same(row: Any) -> Any:
     return row
 
 
-def _best(sample: Sample) -> Sample:
+def _kept(sample: Sample, keep: Keep) -> Sample:
+    if keep == "none":
+        return replace(sample, responses=())
+    if not sample.responses:
+        raise BadSample(f"{sample.key}: no responses to learn from (a rollout section would sample them)")
+    if keep == "all":
+        return sample
     top = max(response.score for response in sample.responses)
     return replace(sample, responses=tuple(r for r in sample.responses if r.score == top))

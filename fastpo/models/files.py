@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+VALUE_HEAD = "value_head.safetensors"  # of a critic or a reward model, beside the adapter or the model
 PATTERNS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.jinja", "*processor_config*")
 
 

@@ -37,17 +37,28 @@ def respond(
             row.ids.expand(count, -1),
             past_key_values=cache,
             position_ids=positions.expand(*positions.shape[:-2], count, -1),
+            attention_mask=torch.ones_like(row.ids).expand(count, -1),
             generation_config=GenerationConfig(
-                do_sample=cfg.temperature > 0,
-                temperature=cfg.temperature or 1.0,
-                top_p=cfg.top_p,
-                top_k=cfg.top_k,
+                **_sampling(cfg),
                 max_new_tokens=cfg.max_tokens,
                 eos_token_id=end,
                 pad_token_id=end,
+                suppress_tokens=_media_tokens(model.config) or None,
             ),
         )
     return tuple(_cut(answer.cpu(), end) for answer in rows[:, len(row.ids) :])
+
+
+def _sampling(cfg: Generation) -> dict[str, Any]:
+    if cfg.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k or None}
+
+
+def _media_tokens(config: Any) -> list[int]:
+    """Placeholders of images and videos: in an answer they would stand for pixels that are not there."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return sorted({token for name in names if (token := getattr(config, name, None)) is not None})
 
 
 def _cut(answer: Tensor, end: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""Whole GRPO runs on the tiny model: ranks, resuming, several updates on one rollout, what is refused."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpo import rollout
+from fastpo.config import load
+from fastpo.fit import fit
+from tests.test_fit import ENVIRONMENT, ROOT, adapter, rows
+
+CONFIG = """
+out: {out}
+save_every: 2
+model: {{path: {demo}/model, dtype: float32, lora: {{r: 4, alpha: 8}}, gradient_checkpointing: false}}
+data: {{train: {{name: rollout, path: {prompts}}}, media_root: {demo}, frames: 2, workers: 0}}
+batch: {{prompts: 3, tokens: 1024}}
+loss: {{name: grpo, beta: 0.1}}
+rollout:
+  {{group: 4, updates: 2, generation: {{max_tokens: 5}}, rewards: [{{name: "tests.test_rollout:vowels", weight: 2}}]}}
+optim: {{lr: 1e-2, steps: 4, warmup: 0}}
+log: {{tensorboard: false}}
+"""
+
+
+def vowels(answer: str, truth: str) -> float:
+    """Share of vowels: something that a random model's answers differ in."""
+    return sum(letter in "aeiou" for letter in answer) / max(1, len(answer))
+
+
+def config(demo: Path, out: Path) -> Path:
+    table = json.loads((demo / "train.json").read_text())[:7]
+    prompts = [
+        {"video": row["media_path"], "prompt": row["question"].replace("<image>", "<video>"), "truth": row["answer"]}
+        for row in table
+    ]
+    file = out.parent / "prompts.json"  # the name is part of a sample's key, and so of its random numbers
+    file.write_text(json.dumps(prompts))
+    text = CONFIG.format(demo=demo, out=out, prompts=file)
+    file = out.with_suffix(".yaml")
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(demo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rollout") / "base"
+    fit(load(config(demo, out)))
+    return out
+
+
+def answers(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_answers_rewards_and_metrics_are_written(base):
+    found = answers(base)
+    assert [row["step"] for row in found] == [0] * 12 + [2] * 12
+    for row in found:
+        assert (
+            row["reward"]
+            == pytest.approx(2 * vowels(row["answer"], ""))
+            == 2 * row["parts"]["tests.test_rollout:vowels"]
+        )
+    steps = rows(base)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    first = [row["reward"] for row in found[:12]]
+    assert steps[0]["reward"] == pytest.approx(sum(first) / 12)
+    assert steps[0]["loss"] == pytest.approx(0, abs=1e-6), "advantages of a group add up to 0 where the ratio is 1"
+    assert steps[0]["clip_high"] == steps[0]["clip_low"] == 0 and abs(steps[1]["loss"]) > 1e-4
+
+
+def test_two_ranks_equal_one(base, demo, tmp_path):
+    out = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "fastpo.train"]
+    subprocess.run([*launch, str(config(demo, out))], check=True, cwd=ROOT, env=ENVIRONMENT)
+    key = lambda row: (row["step"], Path(row["key"]).name)  # noqa: E731
+    mine = [(*key(row), row["answer"], row["reward"]) for row in sorted(answers(base), key=key)]
+    theirs = [(*key(row), row["answer"], row["reward"]) for row in sorted(answers(out), key=key)]
+    assert mine == theirs
+    for a, b in zip(rows(base), rows(out), strict=True):
+        for name in ("loss", "reward", "grad_norm", "kl"):
+            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-6)
+
+
+def test_stopped_and_restarted_equals_uninterrupted(base, demo, tmp_path):
+    """Stopped at once: it saves after the rollout's second update, since the updates in between cannot be resumed."""
+    out = tmp_path / "again"
+    stop = threading.Event()
+    stop.set()
+    run = load(config(demo, out))
+    with pytest.raises(SystemExit):
+        fit(run, stop)
+    assert [row["step"] for row in rows(out)] == [1, 2]
+    fit(run)
+    assert [(row["step"], row["loss"], row["reward"]) for row in rows(out)] == [
+        (row["step"], row["loss"], row["reward"]) for row in rows(base)
+    ]
+    assert [row["answer"] for row in answers(out)] == [row["answer"] for row in answers(base)]
+    mine, theirs = adapter(out), adapter(base)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout=null", "add a rollout section"),
+        ("loss={name: dpo}", "not sampled ones"),
+        ("rollout.group=300", "batch.tokens: 1024 holds no group"),
+        ("rollout.rewards=[{name: vowel}]", "rollout.rewards.0"),
+        ("reference.mode=cache", "cache"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(demo, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        fit(load(config(demo, tmp_path / "out"), [override]))
+
+
+def test_a_reward_that_raises_names_the_row_and_stops(demo, tmp_path):
+    with pytest.raises(ValueError, match=r"row \d, key truth: reward numeric"):
+        fit(load(config(demo, tmp_path / "out"), ["rollout.rewards=[{name: numeric}]"]))
+
+
+def test_groups_without_signal_are_dropped():
+    assert rollout.has_signal((0.0, 1.0)) and not rollout.has_signal((0.5, 0.5, 0.5))
