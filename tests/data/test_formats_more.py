@@ -239,6 +239,7 @@ def turns(*values, roles=("human", "gpt")) -> dict:
         ("spo", nested("spo", "c_rej", q="Where to?"), "c_rej.q", "no preference"),
         ("spo", {"score": [[5, 4], [4, 4], [1, 2]]}, "score", "answers to the first: [4, 4] is no preference"),
         ("spo", {"score": [[-1, -1], [4, 3], [1, 2]]}, "score", "questions: [-1, -1] is no preference"),
+        ("spo", {"score": [[3, -1], [4, 3], [1, 2]]}, "score", "questions: [3, -1] is no preference"),
         ("spo", {"score": [[5, 4], [4, math.nan], [1, 2]]}, "score", "finite number"),
         ("spo", {"score": [[5, 4]]}, "score", "three pairs"),
         ("llava", turns("Q", "A", "Q"), "conversations", "the last turn has no answer"),
