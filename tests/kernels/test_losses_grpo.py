@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,53 @@ def test_golden(case, dtype, tolerance):
     owner = seg.owner
     want = (-t["advantages"][owner] + CASES[case]["beta"] * (1 - d.exp())) / seg.tokens[owner] / len(mask)
     assert max_error(logp.grad, want) <= tolerance
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_advantages(case):
+    t = {k.removeprefix(f"{case}/"): v for k, v in TENSORS.items() if k.startswith(f"{case}/")}
+    reward = t["rewards_per_func"].double().sum(1)
+    size = CASES[case]["G"]
+    seg = Segments.build(tokens=[1] * len(reward), groups=[size] * (len(reward) // size), score=reward)
+    got, signal = losses.advantages(reward, seg)
+    assert max_error(got, t["advantages"]) <= 1e-9
+    assert signal.tolist() == (t["group_std"][::size] > 0).tolist()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_advantages_formula(kind):
+    groups = [[0.1, 0.1, 0.1], [1.0, 0.25], [3.0], [0.5, -1.0, 2.0, 0.5, 0.5]]
+    reward = torch.tensor(sum(groups, []))
+    seg = Segments.build(tokens=[1] * 11, groups=[3, 2, 1, 5], score=reward)
+    got, signal = losses.advantages(reward, seg, kind=kind)
+    want = [0.0, 0.0, 0.0]
+    for g in groups[1:]:
+        centre, n = statistics.fmean(g), len(g)
+        for r in g:
+            if n == 1:
+                want.append(0.0)
+            elif kind == "grpo":
+                want.append((r - centre) / (statistics.stdev(g) + 1e-4))
+            else:
+                want.append(r - (centre if kind == "dr_grpo" else (sum(g) - r) / (n - 1)))
+    assert got.tolist() == pytest.approx(want, abs=1e-6)
+    assert signal.tolist() == [False, True, False, True]
+
+
+def test_equal_rewards_whose_mean_rounds_have_no_advantage():
+    reward = torch.full((7,), 0.7)  # in fp32 their mean is 6e-8 away
+    seg = Segments.build(tokens=[1] * 7, groups=[7], score=reward)
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        got, signal = losses.advantages(reward, seg, kind=kind)
+        assert got.tolist() == [0.0] * 7 and signal.tolist() == [False]
+
+
+def test_advantages_refuse_what_would_become_a_silent_zero():
+    seg = Segments.build(tokens=[1, 1], groups=[2], score=[0.0, 0.0])
+    with pytest.raises(ValueError, match="must be finite"):
+        losses.advantages(torch.tensor([1.0, math.nan]), seg)
+    with pytest.raises(ValueError, match="kind must be"):
+        losses.advantages(torch.zeros(2), seg, kind="gae")
 
 
 def formula(logp, ref_logp, old_logp, advantage, *, low, high, beta, kl_ratio, loss_type, length):
