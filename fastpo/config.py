@@ -52,7 +52,15 @@ class Lora(Section):
 class Model(Section):
     path: str
     family: Literal[
-        "llava_video", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
+        "llava_video",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "internvl",
+        "mllama",
     ] = "llava_video"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["auto", "reference", "varlen", "triton"] = "auto"

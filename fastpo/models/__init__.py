@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastpo.config import Model
-from fastpo.models import llava, llava_next, llava_onevision, llava_video, qwen_vl
+from fastpo.models import internvl, llava, llava_next, llava_onevision, llava_video, qwen_vl
 from fastpo.sample import Encoded, MicroBatch, Sample, Sampling
 
 
@@ -71,4 +71,5 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,
     "qwen3_vl": qwen_vl,
+    "internvl": internvl,
 }
