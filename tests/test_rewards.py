@@ -109,6 +109,7 @@ def test_released_variants_read_texts_only():
             REWARDS[name]("x", ["y"], variant="released")
     with pytest.raises(ValueError, match="embedding model"):
         REWARDS["token_f1"]("x", "<search>y</search>", variant="released")
+    assert REWARDS["token_f1"]("<answer>y</answer>", "<search>y</search>", variant="released") == 0.0
 
 
 @given(st.text("<>/thinkaswer[]{}'\":,.-0129 \nPositionConfidence()", max_size=60))

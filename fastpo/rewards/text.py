@@ -65,8 +65,8 @@ def token_f1(answer: str, truth: Any, *, variant: Variant = "paper", shortcut: b
 
     truth: a text, or a list of which the best counts. released (Visual-ARFT, grpo_agent_search.py:60-125): a word
     counts once in the overlap but fully in the lengths, an answer block with a line break in it is not found, and 0 if
-    the completion holds <search>; a solution without <answer> gives 0, one with <search> raises ValueError, since its
-    embedding similarity is a model's work. shortcut: as in detection_iou.
+    the completion holds <search>; a solution without <answer> gives 0, one <search> for another raises ValueError, as
+    their embedding similarity is a model's work. shortcut: as in detection_iou.
     """
     if shortcut and released.shortcut(answer, truth):
         return 1.0
