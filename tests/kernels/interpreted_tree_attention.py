@@ -16,11 +16,10 @@ EPS = {torch.float32: 1e-6, torch.float16: 2e-3}
 # 31 tokens make several blocks, some of several segments, some not full, and spans of whole tiles and a rest
 SMALL = launch.Configs(launch.Config(8, 4, 4, 1), launch.Config(8, 4, 4, 1), launch.Config(4, 8, 4, 1))
 CASES = [  # tree, dtype, heads, kv_heads, D, scale
-    ("plain packing", torch.float32, 1, 1, 64, None),
-    ("pairs", torch.float32, 2, 1, 80, 0.3),
-    ("pairs", torch.float16, 1, 1, 64, None),
-    ("depth 3, empty segments", torch.float32, 2, 2, 64, None),
-    ("depth 3, empty segments", torch.float16, 4, 2, 80, None),
+    ("plain packing", torch.float16, 1, 1, 64, None),
+    ("pairs", torch.float32, 1, 1, 80, 0.3),
+    ("depth 3, empty segments", torch.float32, 2, 1, 64, None),
+    ("depth 3, empty segments", torch.float16, 2, 1, 80, None),
 ]
 
 
