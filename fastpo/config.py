@@ -204,6 +204,8 @@ class Run(Section):
             raise ValueError(f"engine.offload: {self.engine.offload} needs engine.zero: 1 or more (all: 3)")
         if model.lora is not None and not model.train_language:
             raise ValueError("model.lora adapts the language model, but model.train_language is false")
+        if model.time_instruction and model.family != "llava_video":
+            raise ValueError(f"model.time_instruction is of family llava_video, not {model.family}")
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
             raise ValueError("model: every train_* key is false, nothing would be trained")
         return self

@@ -83,6 +83,12 @@ def test_every_bad_key_is_named_at_once(file):
     assert all(key in said for key in ("optim.lrr: ", "seed: ", "batch.tokens: "))
 
 
+def test_options_of_another_family_are_refused(file):
+    assert load(file, ["model.time_instruction=true"]).model.time_instruction
+    said = refusal(file, "model.time_instruction=true", "model.family=llava")
+    assert "model.time_instruction is of family llava_video, not llava" in said
+
+
 def test_a_run_that_trains_nothing_is_refused(file):
     said = refusal(file, "model.lora=null", "model.train_language=false", "reference.mode=none")
     assert "every train_* key is false" in said

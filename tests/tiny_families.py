@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -54,16 +55,16 @@ def tokenizer(*, starts: bool, template: str) -> PreTrainedTokenizerFast:
 
 
 def _model(family: str, ids: dict[str, int]) -> PreTrainedModel:
-    text = dict(
+    text: dict[str, Any] = dict(
         vocab_size=len(ids), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False,
         bos_token_id=ids["<s>"], eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"],
     )  # fmt: skip
-    sight = dict(
+    sight: dict[str, Any] = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         image_size=SIDE, patch_size=PATCH,
     )  # fmt: skip
-    clip = dict(
+    clip: dict[str, Any] = dict(
         vision_config=sight | dict(model_type="clip_vision_model", projection_dim=32),
         text_config=text | dict(model_type="llama"),
         image_token_index=ids["<image>"], tie_word_embeddings=False,
@@ -100,7 +101,7 @@ def write(folder: Path, family: str, **image_settings: object) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     talk.save_pretrained(folder)
-    settings = dict(image_mean=MEAN, image_std=STD, resample=3)
+    settings: dict[str, Any] = dict(image_mean=MEAN, image_std=STD, resample=3)
     if onevision:
         settings |= dict(image_processor_type="LlavaOnevisionImageProcessor", size=dict(height=SIDE, width=SIDE))
     else:

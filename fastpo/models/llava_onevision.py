@@ -112,9 +112,12 @@ def pooled(frames: Tensor) -> Tensor:
 
 def hidden(model: Any, batch: MicroBatch, features: tuple[Tensor, Tensor] | None, cache: Any = None) -> Tensor:
     """See Family."""
-    still, moving = features or ((), ())
-    visual = {"image": [still]} if len(still) else {}
-    return llava.last_hidden(model, batch, visual | ({"video": moving[None]} if len(moving) else {}), cache)
+    visual: dict[str, Any] = {}
+    if features is not None:
+        still, moving = features
+        visual |= {"image": [still]} if len(still) else {}
+        visual |= {"video": moving[None]} if len(moving) else {}
+    return llava.last_hidden(model, batch, visual, cache)
 
 
 def _item(sample: Sample, item: Media, sampling: Sampling) -> tuple[int, int, int, int]:

@@ -1,7 +1,10 @@
 """LLaVA-1.5, -NeXT and -OneVision: inputs against Hugging Face's processors, packed rows against its plain models."""
 
+import json
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from transformers import (
 
 from fastpo.config import Lora, Model
 from fastpo.data.pack import pack
-from fastpo.models import FAMILIES, images, trainable
+from fastpo.models import FAMILIES, images, llava, trainable
 from fastpo.models.policy import Policy
 from fastpo.sample import BadSample, Media, Response, Sample, Sampling
 from tests import tiny_families
@@ -72,7 +75,7 @@ def samples(root, name):
 
 def pictures(item):
     """The frames that are read of a file, in Pillow."""
-    image = Image.open(item.path)
+    image: Any = Image.open(item.path)
     if item.kind == "image":
         return [image.convert("RGB")]
     found = []
@@ -82,6 +85,7 @@ def pictures(item):
     return found
 
 
+@cache
 def theirs(folder, name, s):
     """Hugging Face's inputs for a sample: input_ids [n] and what else the model takes."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -91,7 +95,7 @@ def theirs(folder, name, s):
     stills = [x for m in s.media if m.kind == "image" for x in pictures(m)]
     if name != "llava_onevision":
         kind = {"llava": LlavaProcessor, "llava_next": LlavaNextProcessor}[name]
-        made = kind(
+        made: Any = kind(
             pixel,
             tokenizer,
             patch_size=tiny_families.PATCH,
@@ -102,7 +106,7 @@ def theirs(folder, name, s):
         found.pop("attention_mask")
         return found.pop("input_ids")[0], found
     # its processor cannot be built without torchvision; the counts are its own functions'
-    facts = SimpleNamespace(
+    facts: Any = SimpleNamespace(
         image_processor=pixel,
         num_image_tokens=(tiny_families.SIDE // tiny_families.PATCH) ** 2,
         vision_feature_select_strategy="full",
@@ -112,7 +116,7 @@ def theirs(folder, name, s):
     )
     for method in ("_get_number_of_features", "_get_unpadded_features"):
         setattr(facts, method, getattr(LlavaOnevisionProcessor, method).__get__(facts))
-    extra = {}
+    extra: dict[str, Any] = {}
     if stills:
         extra |= pixel([stills], return_tensors="pt")
         tokens = iter([LlavaOnevisionProcessor.replace_image_token(facts, extra, i) for i in range(len(stills))])
@@ -130,7 +134,7 @@ def _split(text, mark):
 
 
 def ours(root, name, chosen):
-    family = FAMILIES[name]
+    family: Any = FAMILIES[name]
     p = family.processor(Model(path=str(root / name)))
     found = [replace(family.encode(p, s, SAMPLING), pixels=family.pixels(p, s, SAMPLING), weights=None) for s in chosen]
     return family, p, found
@@ -151,7 +155,7 @@ def test_inputs_equal_the_processors(root, name):
         if "pixel_values_videos" in extra:
             wanted = [*extra["pixel_values_videos"][0], *wanted]  # in both samples the video comes first
         assert (e.pixels is None) == (not wanted)
-        if wanted:
+        if e.pixels is not None:
             got = images.normalized(e.pixels, p.images.mean, p.images.std)
             assert got.shape == torch.stack(wanted).shape
             assert float((got - torch.stack(wanted)).abs().max()) < LIMIT, s.key
@@ -162,8 +166,10 @@ def test_padding_to_a_square(root, tmp_path):
     pads = dict(image_processor_type="LlavaImageProcessor", do_pad=True, do_center_crop=False)
     folder = tiny_families.write(tmp_path, "llava", **pads, size=dict(height=20, width=20))
     s = sample(root, "", "<image><image>", "wide.png", "tall.png")
-    p = FAMILIES["llava"].processor(Model(path=str(folder)))
-    got = images.normalized(FAMILIES["llava"].pixels(p, s, SAMPLING), p.images.mean, p.images.std)
+    p = llava.processor(Model(path=str(folder)))
+    pixels = llava.pixels(p, s, SAMPLING)
+    assert pixels is not None
+    got = images.normalized(pixels, p.images.mean, p.images.std)
     pixel = AutoImageProcessor.from_pretrained(folder, backend="pil")
     want = pixel([pictures(m)[0] for m in s.media], return_tensors="pt")["pixel_values"]
     assert float((got - want).abs().max()) < LIMIT
@@ -194,7 +200,7 @@ def score(logp, responses):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("only", [None, "text", "several"])
+@pytest.mark.parametrize("only", [None, "text"])
 def test_a_packed_row_equals_separate_forwards(root, name, only):
     chosen = [s for s in samples(root, name) if only in (None, s.key)]
     family, p, encoded = ours(root, name, chosen)
@@ -215,7 +221,7 @@ def test_a_packed_row_equals_separate_forwards(root, name, only):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_with_the_reference_in_the_same_model(root, name):
-    chosen = samples(root, name)
+    chosen = [s for s in samples(root, name) if s.key in ("wide", "text", "both")]
     family, p, encoded = ours(root, name, chosen)
     cfg = Model(path="", lora=Lora(r=2, alpha=4), gradient_checkpointing=True)
     packed, plain = (trainable.prepare(m, family.parts, cfg) for m in load(root, name))
@@ -244,3 +250,20 @@ def test_what_a_family_does_not_read_is_a_bad_sample(root, family, name):
     with pytest.raises(BadSample, match=r"rows.json:3|gone.png"):
         FAMILIES[family].encode(p, s, SAMPLING)
         FAMILIES[family].pixels(p, s, SAMPLING)
+
+
+def test_refused_image_settings(root, tmp_path):
+    for key, value, message in [
+        ("crop_size", dict(height=16, width=16), "the tower reads 20 x 20"),
+        ("size", dict(shortest_edge=14), "shorter side to 14"),
+        ("do_normalize", False, "normalize"),
+        ("rescale_factor", 1 / 127.5, "rescale"),
+    ]:
+        settings = json.loads((root / "llava" / "preprocessor_config.json").read_text()) | {key: value}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            images.settings(tmp_path, tiny_families.SIDE)
+    settings = json.loads((root / "llava_next" / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | dict(image_grid_pinpoints=[[30, 20]])))
+    with pytest.raises(ValueError, match="no multiples of 20"):
+        images.settings(tmp_path, tiny_families.SIDE)

@@ -2,16 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from fastpo.data import synthetic
 from fastpo.data.pack import pack
-from fastpo.models import llava, llava_video, trainable
+from fastpo.models import chat, llava, llava_video, trainable
 from fastpo.models.policy import Policy
+from fastpo.sample import Media, Response, Sample, Sampling
 from fastpo_kernels import losses
-from tests import tiny
+from tests import tiny, tiny_families
 
 STATS = frozenset({"logp"})
 
@@ -148,3 +151,28 @@ def test_last_hidden_state_is_before_the_towers_norm():
     got = tower(x, output_hidden_states=capture, return_dict=True).hidden_states[-1]
     assert torch.equal(got, tower.encoder(inputs_embeds=tower.embeddings(x)).last_hidden_state)
     assert not torch.allclose(got, tower(x).last_hidden_state)
+
+
+def test_the_time_instruction(tmp_path):
+    for name, count in (("long", 20), ("short", 7)):
+        synthetic.encode(tmp_path / f"{name}.mp4", np.zeros((count, 32, 32, 3), dtype=np.uint8))
+    tiny_families.tokenizer(starts=False, template=tiny_families.CHATML).save_pretrained(tmp_path)
+    talk = chat.read(tmp_path)
+    p = llava_video.Processor(
+        chat=talk, video_token="<video>", video_token_id=talk.tokenizer.get_vocab()["<video>"],
+        size=28, mean=(0.5,) * 3, std=(0.5,) * 3, patches=1, pooling="bilinear", time_instruction=True,
+    )  # fmt: skip
+    clips = tuple(Media(kind="video", path=tmp_path / f"{name}.mp4") for name in ("long", "short"))
+    answers = (Response(text="", score=0.0),)
+    asked = Sample(key="", question="<video>\nand <video>\nWhy?", media=clips, responses=answers)
+
+    def told(count):
+        at = ",".join(f"{k * count // 3 / synthetic.FPS:.2f}s" for k in range(3))
+        return (
+            f"\nThe video lasts for {count / synthetic.FPS:.2f} seconds, and 3 frames are uniformly sampled from it. "
+            f"These frames are located at {at}.Please answer the following questions related to this video.\n"
+        )
+
+    video = "<video>" * 3 * 2  # three frames of one patch and a newline
+    wanted = f"<|im_start|>user {video}{told(20)}and {video}{told(7)}Why?<|im_end|>\n<|im_start|>assistant\n"
+    assert talk.tokenizer.decode(llava_video.encode(p, asked, Sampling(frames=3)).prompt) == wanted
