@@ -67,6 +67,7 @@ class Model(Section):
     pooling: Literal["bilinear", "average"] = "bilinear"  # of llava_video
     time_instruction: bool = False  # llava_video: tell the model the times of the frames; RRPO's training did not
     liger: Literal["auto", "on", "off"] = "auto"
+    question_role: str = "user"  # under which the model itself asks (SPO: vuser)
     gradient_checkpointing: bool = True
     lora: Lora | None = Lora()
     train_vision: bool = False

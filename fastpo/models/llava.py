@@ -56,7 +56,7 @@ class Processor:
 
 def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and image settings. Raises ValueError where the folder lacks something."""
-    return facts(*opened(cfg, "llava", HOW_TO))
+    return facts(cfg, *opened(cfg, "llava", HOW_TO))
 
 
 def opened(cfg: Model, model_type: str, how_to: str) -> tuple[Path, Any]:
@@ -65,7 +65,7 @@ def opened(cfg: Model, model_type: str, how_to: str) -> tuple[Path, Any]:
     return folder, AutoConfig.from_pretrained(folder)
 
 
-def facts(folder: Path, config: Any) -> Processor:
+def facts(cfg: Model, folder: Path, config: Any) -> Processor:
     """What all LLaVA families need to know of a folder. Raises ValueError where it lacks something."""
     tower = config.vision_config
     if tower.model_type not in CLASS_TOKENS:
@@ -75,7 +75,7 @@ def facts(folder: Path, config: Any) -> Processor:
     patches = tower.image_size // tower.patch_size
     dropped = config.vision_feature_select_strategy == "default"
     return Processor(
-        chat=chat.read(folder),
+        chat=chat.read(folder, cfg.question_role),
         image_token_id=config.image_token_id,
         images=images.settings(folder, tower.image_size),
         patches=patches,
@@ -124,12 +124,10 @@ def expanded(
         counts[p.video_token_id] = video
     for placeholder, token in zip(("<image>", "<video>"), counts, strict=False):
         question = question.replace(placeholder, str(p.chat.tokenizer.convert_ids_to_tokens(token)))
-    return Encoded(
-        key=sample.key,
-        prompt=chat.expand(chat.prompt_ids(p.chat, question), counts, sample.key),
-        responses=chat.response_ids(p.chat, sample),
-        weights=chat.phrase_weights(p.chat, sample),
-        scores=tuple(response.score for response in sample.responses),
+    return chat.encoded(
+        p.chat,
+        sample,
+        chat.expand(chat.prompt_ids(p.chat, question, sample), counts, sample.key),
         patches=patches,
         grid=torch.tensor(grid) if grid else None,
     )

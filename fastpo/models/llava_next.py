@@ -27,12 +27,12 @@ HOW_TO = (
 
 def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and image settings. Raises ValueError where the folder lacks something."""
-    return tiled(*llava.opened(cfg, "llava_next", HOW_TO))
+    return tiled(cfg, *llava.opened(cfg, "llava_next", HOW_TO))
 
 
-def tiled(folder: Path, config: Any) -> Processor:
+def tiled(cfg: Model, folder: Path, config: Any) -> Processor:
     """LLaVA's facts of a folder whose tiles can be laid side by side. Raises ValueError where they cannot."""
-    p = llava.facts(folder, config)
+    p = llava.facts(cfg, folder, config)
     if [tuple(hw) for hw in config.image_grid_pinpoints] != list(p.images.pinpoints):
         raise ValueError(
             f"model.path: {folder}: image_grid_pinpoints differ in config.json and preprocessor_config.json"

@@ -57,7 +57,7 @@ def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and image settings. Raises ValueError where the folder lacks something."""
     folder = files.checked(cfg.path, "llava_onevision", HOW_TO)
     config = AutoConfig.from_pretrained(folder)
-    talk = chat.read(folder)
+    talk = chat.read(folder, cfg.question_role)
     image = json.loads((folder / "preprocessor_config.json").read_text())
     return Processor(
         chat=talk,
@@ -85,13 +85,11 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
     question = sample.question
     if p.time_instruction:
         question = _timed(question, [media.frame_times(m.path, n) for m, n in zip(sample.media, frames, strict=True)])
-    ids = chat.prompt_ids(p.chat, question.replace("<video>", p.video_token))
-    return Encoded(
-        key=sample.key,
-        prompt=chat.expand(ids, {p.video_token_id: [n * p.tokens_per_frame for n in frames]}, sample.key),
-        responses=chat.response_ids(p.chat, sample),
-        weights=chat.phrase_weights(p.chat, sample),
-        scores=tuple(response.score for response in sample.responses),
+    ids = chat.prompt_ids(p.chat, question.replace("<video>", p.video_token), sample)
+    return chat.encoded(
+        p.chat,
+        sample,
+        chat.expand(ids, {p.video_token_id: [n * p.tokens_per_frame for n in frames]}, sample.key),
         patches=sum(frames) * p.patches**2,
     )
 

@@ -74,7 +74,7 @@ def processor(cfg: Model) -> Processor:
     folder = files.checked(cfg.path, cfg.family, HOW_TO)
     image: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return Processor(
-        chat=chat.read(folder),
+        chat=chat.read(folder, cfg.question_role),
         config=AutoConfig.from_pretrained(folder),
         mean=tuple(image.image_mean),
         std=tuple(image.image_std),
@@ -115,19 +115,19 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
     """
     shapes = [_shape(p, item, sampling) for item in sample.media]
     marked = iter([_marked(p, item, shape, sampling) for item, shape in zip(sample.media, shapes, strict=True)])
-    ids = chat.prompt_ids(p.chat, re.sub("<image>|<video>", lambda found: next(marked, found[0]), sample.question))
+    ids = chat.prompt_ids(
+        p.chat, re.sub("<image>|<video>", lambda found: next(marked, found[0]), sample.question), sample
+    )
     merged = p.config.vision_config.spatial_merge_size**2
     counts: dict[int, list[int]] = {p.config.image_token_id: [], p.config.video_token_id: []}
     for item, (t, h, w) in zip(sample.media, shapes, strict=True):
         runs = t if item.kind == "video" and p.stamped else 1
         counts[_token(p, item)] += [t * h * w // merged // runs] * runs
     prompt = chat.expand(ids, counts, sample.key)
-    return Encoded(
-        key=sample.key,
-        prompt=prompt,
-        responses=chat.response_ids(p.chat, sample),
-        weights=chat.phrase_weights(p.chat, sample),
-        scores=tuple(response.score for response in sample.responses),
+    return chat.encoded(
+        p.chat,
+        sample,
+        prompt,
         positions=positions(p, prompt, sample.media, shapes, sampling) if shapes else None,
         patches=sum(map(math.prod, shapes)),
         grid=torch.tensor(shapes) if shapes else None,
