@@ -1,7 +1,7 @@
 """Fused losses in one call, for code that has padded batches: hidden states, a head and labels in, (loss, metrics) out.
 
 Every function compacts the supervised rows, reduces the vocabulary axis with token_stats, and averages a pure loss of
-losses.py; nothing of the size [rows, T, V] exists. Common to all of them:
+fastpo_kernels.losses; nothing of the size [rows, T, V] exists. Common to all of them:
 
 hidden: [rows, T, H], the states before the head, contiguous at best. weight: [V, H]. labels: [rows, T] int64 as Hugging
 Face has them: -100 is ignored, and the shift happens inside, hidden at t predicts labels at t + 1. Per-token arguments
