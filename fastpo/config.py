@@ -90,6 +90,8 @@ class Data(Section):
 class Batch(Section):
     prompts: Count  # per optimizer step, all ranks together
     tokens: Annotated[int, Field(ge=16)]  # largest packed row on one rank
+    patches: Count | None = None  # most patches that the vision tower reads for one row
+    patch_cost: NonNegative = 0.06  # work of a patch in the tower / of a token in the language model, to balance ranks
 
 
 class Optim(Section):

@@ -46,7 +46,7 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     a loss that is not finite.
     """
     rank, ranks, device = init_distributed()
-    objective = resolve({**losses.LOSSES, "grpo": losses.grpo}, run.loss, key="loss")
+    objective = resolve(losses.LOSSES, run.loss, key="loss")
     _check_rollout(run, losses.needs(objective))
     feed = make_feed(run, rank, ranks)
     table = feed.read(run.data.train, keep=kept_responses(run))
@@ -150,7 +150,7 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
         encode=partial(family.encode, processor, sampling=sampling),
         pixels=partial(family.pixels, processor, sampling=sampling),
         blank=family.blank(processor),
-        budget=run.batch.tokens,
+        batch=run.batch,
         rank=rank,
         ranks=ranks,
     )
@@ -190,6 +190,8 @@ def _check_rollout(run: Run, needed: frozenset[str]) -> None:
         raise ValueError(f"loss.name: {run.loss.name} learns from sampled answers: add a rollout section")
     if run.rollout and not sampled:
         raise ValueError(f"rollout: the loss {run.loss.name} reads the answers of the data set, not sampled ones")
+    if run.rollout and ("returns" in needed) != (run.rollout.advantage == "gae"):
+        raise ValueError(f"rollout.advantage: {run.rollout.advantage} does not go with the loss {run.loss.name}")
     if run.rollout and run.reference.mode == "cache":
         raise ValueError("reference.mode: cache holds a data set's answers, not sampled ones; use copy or adapter_off")
 

@@ -95,7 +95,7 @@ def learnable(
 ) -> list[MicroBatch]:
     """Packed rows of the groups that have something to learn from, as many on every rank. reward: [answers] of each."""
     kept = [i for i, g in enumerate(groups) if cfg.advantage == "gae" or has_signal(g.encoded.scores)]
-    plan = [[kept[i] for i in row] for row in bins([groups[i].encoded.tokens for i in kept], feed.budget)]
+    plan = [[kept[i] for i in row] for row in bins([groups[i].encoded.size for i in kept], feed.budget)]
     plan += [[] for _ in range(max(1, engine.all_max(len(plan))) - len(plan))]
     window = []
     for row in plan:

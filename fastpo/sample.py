@@ -6,7 +6,7 @@ Axes: N supervised tokens, T packed tokens, S responses, P prompts, F frames.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ class Sample:
     truth: Any = None
 
 
+class Size(NamedTuple):
+    """What a sample takes: tokens of the packed row, patches of the vision tower."""
+
+    tokens: int
+    patches: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """Which frames of a video are read: `frames` of them, evenly spread, or at most that many at `fps` a second."""
@@ -101,6 +108,10 @@ class Encoded:
     @property
     def tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def size(self) -> Size:
+        return Size(self.tokens, self.patches)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ Which samples a step holds follows from (seed, epoch, step) alone, so that a res
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +13,10 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastpo.config import Data, Source
+from fastpo.config import Batch, Data, Source
 from fastpo.data import formats
 from fastpo.data.pack import pack, plan, spread
-from fastpo.sample import BadSample, Encoded, MicroBatch, Sample
+from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Size
 
 Keep = Literal["all", "best", "none"]
 Skipped = list[tuple[str, str]]  # (key, reason)
@@ -41,9 +42,14 @@ class Feed:
     encode: Callable[[Sample], Encoded]
     pixels: Callable[[Sample], Tensor | None]
     blank: Encoded
-    budget: int  # tokens per packed row
+    batch: Batch
     rank: int
     ranks: int
+
+    @property
+    def budget(self) -> Size:
+        """Of one packed row."""
+        return Size(self.batch.tokens, self.batch.patches or sys.maxsize)
 
     def read(self, source: Source, *, keep: Keep = "all") -> Table:
         """Reads, checks and tokenises every row. keep: which of a prompt's responses, "best" for supervised training,
@@ -58,8 +64,12 @@ class Feed:
                     raise row
                 sample = _kept(row, keep)
                 tokens = self.encode(sample)
-                if tokens.tokens > self.budget:
-                    raise BadSample(f"{row.key}: {tokens.tokens} tokens, more than batch.tokens: {self.budget}")
+                if tokens.tokens > self.batch.tokens:
+                    raise BadSample(f"{row.key}: {tokens.tokens} tokens, more than batch.tokens: {self.batch.tokens}")
+                if tokens.patches > self.budget.patches:
+                    raise BadSample(
+                        f"{row.key}: {tokens.patches} patches, more than batch.patches: {self.batch.patches}"
+                    )
             except BadSample as error:
                 if self.data.on_bad_sample == "error":
                     raise
@@ -99,7 +109,8 @@ class Feed:
 
     def plan(self, table: Table, chosen: Sequence[int]) -> list[list[list[int]]]:
         """Rank -> micro-batch -> sample indices."""
-        shares = plan([table.encoded[n].tokens for n in chosen], budget=self.budget, ranks=self.ranks)
+        sizes = [table.encoded[n].size for n in chosen]
+        shares = plan(sizes, budget=self.budget, ranks=self.ranks, patch_cost=self.batch.patch_cost)
         return [[[chosen[i] for i in row] for row in rows] for rows in shares]
 
 

@@ -6,41 +6,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.sample import Encoded, MicroBatch
+from fastpo.sample import Encoded, MicroBatch, Size
 from fastpo_kernels import Segments, Tree
 
 
-def spread(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of `lengths` for each rank, balanced by longest-processing-time-first."""
-    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+def spread(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices of `costs` for each rank, balanced by longest-processing-time-first."""
+    loads, shares = [0.0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
-        loads[rank] += lengths[i]
+        loads[rank] += costs[i]
         shares[rank].append(i)
     return shares
 
 
-def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` grouped into rows of at most `budget` tokens, first-fit decreasing."""
-    room, rows = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        assert lengths[i] <= budget
-        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+def bins(sizes: Sequence[Size], budget: Size) -> list[list[int]]:
+    """Indices of `sizes` grouped into rows of at most `budget`, first-fit decreasing by tokens."""
+    room: list[Size] = []
+    rows: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].tokens, i)):
+        tokens, patches = sizes[i]
+        assert tokens <= budget.tokens and patches <= budget.patches
+        row = next((r for r, free in enumerate(room) if free.tokens >= tokens and free.patches >= patches), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(budget)
         rows[row].append(i)
-        room[row] -= lengths[i]
+        room[row] = Size(room[row].tokens - tokens, room[row].patches - patches)
     return rows
 
 
-def plan(lengths: Sequence[int], *, budget: int, ranks: int) -> list[list[list[int]]]:
+def plan(sizes: Sequence[Size], *, budget: Size, ranks: int, patch_cost: float = 0.0) -> list[list[list[int]]]:
     """One optimizer step: for each rank the same number of micro-batches, each a list of indices (empty to fill up).
 
-    Every rank has to run the same forwards and backwards, or the collectives of ZeRO abort or hang.
+    Ranks are balanced by tokens + patch_cost * patches. Every rank has to run the same forwards and backwards, or the
+    collectives of ZeRO abort or hang.
     """
-    shares = spread(lengths, ranks)
-    rows = [[[share[i] for i in row] for row in bins([lengths[i] for i in share], budget)] for share in shares]
+    shares = spread([tokens + patch_cost * patches for tokens, patches in sizes], ranks)
+    rows = [[[share[i] for i in row] for row in bins([sizes[i] for i in share], budget)] for share in shares]
     most = max(1, max(map(len, rows)))
     return [row + [[]] * (most - len(row)) for row in rows]
 

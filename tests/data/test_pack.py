@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from fastpo.data import loader
 from fastpo.data.pack import bins, pack, plan, spread
-from fastpo.sample import Encoded
+from fastpo.sample import Encoded, Size
 from tests import tiny
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 5))
 def test_plan_holds_every_sample_once_within_budget_and_equal_on_all_ranks(lengths, ranks):
-    ranked = plan(lengths, budget=100, ranks=ranks)
+    ranked = plan([Size(n) for n in lengths], budget=Size(100), ranks=ranks)
     assert sorted(i for rows in ranked for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 100 for rows in ranked for row in rows)
     assert len({len(rows) for rows in ranked}) == 1 and len(ranked) == ranks
@@ -23,7 +23,18 @@ def test_plan_holds_every_sample_once_within_budget_and_equal_on_all_ranks(lengt
 
 def test_spread_is_longest_first_and_bins_are_first_fit_decreasing():
     assert spread([3, 9, 4, 5], 2) == [[1], [3, 2, 0]] or spread([3, 9, 4, 5], 2) == [[1, 0], [3, 2]]
-    assert bins([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert bins([Size(n) for n in (6, 5, 4, 3, 2)], Size(10)) == [[0, 2], [1, 3, 4]]
+
+
+def test_rows_hold_no_more_patches_than_the_tower_may_read_at_once():
+    sizes = [Size(6, 10), Size(5, 90), Size(4, 95), Size(3, 0), Size(2, 5)]
+    assert bins(sizes, Size(100, 100)) == [[0, 1, 3], [2, 4]]
+
+
+def test_ranks_are_balanced_by_the_work_of_tower_and_language_model():
+    sizes = [Size(100, 0), Size(10, 900), Size(50, 400), Size(50, 400)]
+    assert plan(sizes, budget=Size(1000, 10_000), ranks=2, patch_cost=0.1) == [[[0, 2]], [[3, 1]]]
+    assert plan(sizes, budget=Size(1000, 10_000), ranks=2) == [[[0, 1]], [[2, 3]]]
 
 
 def test_packed_row_token_by_token():

@@ -283,15 +283,17 @@ def test_needs_reads_the_signature():
         "perpo": {"logp", "ref_logp"},
         "spo": {"logp", "ref_logp"},
         "sft": {"logp"},
-        "reward_pair": {"value"},
-        "reward_list": {"value"},
+        "reward_pair": {"reward"},
+        "reward_list": {"reward"},
+        "grpo": {"logp", "ref_logp", "old_logp", "advantage"},
+        "ppo": {"logp", "ref_logp", "value", "old_logp", "advantage", "old_value", "returns"},
     }
     assert losses.needs(losses.grpo) == {"logp", "ref_logp", "old_logp", "advantage"}
     assert losses.needs(losses.value_loss) == {"value", "old_value", "returns"}
 
-    def mistaken(logp, reward, seg, *, beta=0.1): ...
+    def mistaken(logp, prize, seg, *, beta=0.1): ...
 
-    with pytest.raises(ValueError, match="'mistaken' asks for reward"):
+    with pytest.raises(ValueError, match="'mistaken' asks for prize"):
         losses.needs(mistaken)
 
 

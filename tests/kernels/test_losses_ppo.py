@@ -169,3 +169,17 @@ def test_standardise_and_whiten():
 def test_refuses_bad_options(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(8), segments())
+
+
+def test_actor_critic_is_the_sum_of_its_two_losses():
+    seg = Segments.build(tokens=[2, 3], groups=[2], score=[0.0, 1.0])
+    draw = torch.Generator().manual_seed(8)
+    names = ("logp", "ref_logp", "value", "old_logp", "advantage", "old_value", "returns")
+    x = {name: torch.randn(5, generator=draw, dtype=torch.float64) for name in names}
+    out = losses.actor_critic(**x, seg=seg, clip=0.1, beta=0.3, value_clip=0.4, value_weight=0.7)
+    actor = losses.ppo(*(x[n] for n in ("logp", "ref_logp", "old_logp", "advantage")), seg, clip=0.1, beta=0.3)
+    critic = losses.value_loss(*(x[n] for n in ("value", "old_value", "returns")), seg, clip=0.4)
+    assert torch.equal(out.losses, actor.losses + 0.7 * critic.losses) and out.unit == "token"
+    assert set(out.metrics) == {"clip_low", "clip_high", "kl", "value_clip", "value_loss"}
+    with pytest.raises(ValueError, match="value_weight"):
+        losses.actor_critic(**x, seg=seg, value_weight=-1)

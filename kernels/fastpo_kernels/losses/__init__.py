@@ -13,7 +13,7 @@ from collections.abc import Callable
 from fastpo_kernels.losses.dpo import dpo, plackett_luce, sft
 from fastpo_kernels.losses.grpo import advantages, grpo
 from fastpo_kernels.losses.perpo import perpo
-from fastpo_kernels.losses.ppo import gae, ppo, shaped_reward, standardise, value_loss, whiten
+from fastpo_kernels.losses.ppo import actor_critic, gae, ppo, shaped_reward, standardise, value_loss, whiten
 from fastpo_kernels.losses.reward import reward_list, reward_pair
 from fastpo_kernels.losses.rrpo import rrpo
 from fastpo_kernels.losses.spo import spo
@@ -23,6 +23,7 @@ __all__ = [
     "LOSSES",
     "ROLLOUT",
     "VALUE",
+    "actor_critic",
     "advantages",
     "dpo",
     "gae",
@@ -42,11 +43,11 @@ __all__ = [
     "whiten",
 ]
 
-VALUE = ("value",)  # of a value head: [S] at the last supervised tokens (reward_*), [N] at each (value_loss)
+VALUE = ("value", "reward")  # of a value head: [N] at the states that predict each token, [S] at responses' last tokens
 # what a loss may read of a rollout: [N], but for grpo's advantage [S]
 ROLLOUT = ("old_logp", "advantage", "old_value", "returns")
 
-# by the names of YAML; without those that need a rollout. reward_* need a value head
+# by the names of YAML; actor_critic and grpo need a rollout
 LOSSES: dict[str, Callable[..., LossOut]] = {
     "dpo": dpo,
     "plackett_luce": plackett_luce,
@@ -56,6 +57,8 @@ LOSSES: dict[str, Callable[..., LossOut]] = {
     "sft": sft,
     "reward_pair": reward_pair,
     "reward_list": reward_list,
+    "grpo": grpo,
+    "ppo": actor_critic,
 }
 
 

@@ -74,6 +74,33 @@ def value_loss(
     )
 
 
+def actor_critic(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    value: Tensor,
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    old_value: Tensor,
+    returns: Tensor,
+    seg: Segments,
+    *,
+    clip: float = 0.2,
+    beta: float = 0.0,
+    value_clip: float | None = 0.2,
+    value_weight: float = 0.5,
+) -> LossOut:
+    """ppo + value_weight * value_loss, for a critic that shares the policy's body. Unit "token": losses [N].
+
+    Arguments as those of the two; metrics of both, and "value_loss" [N]. Vision-LLM-Alignment trains its critic apart,
+    with an optimizer of its own. Raises ValueError as they do, and for a negative value_weight.
+    """
+    not_negative("value_weight", value_weight)
+    actor = ppo(logp, ref_logp, old_logp, advantage, seg, clip=clip, beta=beta)
+    critic = value_loss(value, old_value, returns, seg, clip=value_clip)
+    metrics = actor.metrics | critic.metrics | {"value_loss": critic.losses.detach()}
+    return LossOut(losses=actor.losses + value_weight * critic.losses, unit="token", metrics=metrics)
+
+
 @torch.no_grad()
 def shaped_reward(
     old_logp: Tensor, ref_logp: Tensor, reward: Tensor, seg: Segments, *, beta: float = 0.1, clip: float = 10.0
