@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastpo.config import Model
-from fastpo.models import internvl, llava, llava_next, llava_onevision, llava_video, qwen_vl
+from fastpo.models import internvl, llava, llava_next, llava_onevision, llava_video, mllama, qwen_vl
 from fastpo.sample import Encoded, MicroBatch, Sample, Sampling
 
 
@@ -50,7 +50,10 @@ class Family(Protocol):
 
     @staticmethod
     def vision(model: Any, processor: Any, /, pixels: Tensor, grid: Tensor) -> Any:
-        """Pixels and grid of a row -> its visual features, one tower call: a tensor [visual tokens, H] or a tuple."""
+        """Pixels and grid of a row -> its visual features, one tower call: a tensor [visual tokens, H] or a tuple.
+
+        Those of config.CHUNKED take `run` too, see models.vision: how the tower is run over the pictures.
+        """
         ...
 
     @staticmethod
@@ -72,4 +75,5 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_5_vl": qwen_vl,
     "qwen3_vl": qwen_vl,
     "internvl": internvl,
+    "mllama": mllama,
 }
