@@ -28,6 +28,7 @@ from fastpo.data.loader import Feed, Table
 from fastpo.engine import Engine, init_distributed, sharded_loading
 from fastpo.models import FAMILIES, trainable
 from fastpo.models.policy import Policy
+from fastpo.models.tiled_mlp import tile_mlp
 from fastpo.plugins import resolve
 from fastpo.sample import MicroBatch, Sampling
 from fastpo.step import eval_pass, meter_for, train_step
@@ -47,7 +48,7 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     """
     rank, ranks, device = init_distributed()
     objective = resolve(losses.LOSSES, run.loss, key="loss")
-    _check_rollout(run, losses.needs(objective))
+    check_rollout(run, losses.needs(objective))
     feed = make_feed(run, rank, ranks)
     table = feed.read(run.data.train, keep=kept_responses(run))
     held_out = feed.read(run.data.eval, keep="none" if run.rollout else "all") if run.data.eval else None
@@ -153,6 +154,7 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
         batch=run.batch,
         rank=rank,
         ranks=ranks,
+        frames_per_chunk=run.model.frames_per_chunk,
     )
 
 
@@ -168,9 +170,12 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
     alive = sharded_loading(run)  # transformers holds only a weak reference
     model = family.load(run.model)
     trainable.apply_liger(model.model.language_model, run.model, device)
+    copy = family.load(run.model) if run.reference.mode == "copy" and "ref_logp" in stats else None
+    if run.model.mlp_tile is not None:
+        for made in filter(None, (model, copy)):
+            tile_mlp(made.model.language_model, run.model.mlp_tile)
     torch.manual_seed(run.seed)  # adapters start the same on every rank and ZeRO stage, whatever loading drew
     model = trainable.prepare(model, family.parts, run.model)
-    copy = family.load(run.model) if run.reference.mode == "copy" and "ref_logp" in stats else None
     del alive
     return Policy(
         model,
@@ -181,10 +186,12 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
         reference=copy,
         backend=run.backend,
         temperature=run.rollout.generation.temperature if run.rollout else 1.0,
+        frames_per_chunk=run.model.frames_per_chunk,
     )
 
 
-def _check_rollout(run: Run, needed: frozenset[str]) -> None:
+def check_rollout(run: Run, needed: frozenset[str]) -> None:
+    """Raises ValueError where the loss and the rollout section do not go together."""
     sampled = sorted(needed & set(losses.ROLLOUT))
     if sampled and run.rollout is None:
         raise ValueError(f"loss.name: {run.loss.name} learns from sampled answers: add a rollout section")

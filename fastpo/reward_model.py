@@ -15,13 +15,13 @@ from fastpo.sample import MicroBatch
 
 
 def load(run: Run, device: str) -> Scorer:
-    """The scorer of rollout.reward_model: a checkpoint's `adapter` or `model` folder of the policy's own family.
+    """The scorer of rollout.reward_model: a run's folder, or a checkpoint's `adapter` or `model`, of the same family.
 
     An adapter is laid over model.path. The answers are scored as tokens, so both models need the same tokenizer. Raises
     ValueError for a folder without a value head.
     """
     assert run.rollout is not None and run.rollout.reward_model is not None
-    folder = Path(run.rollout.reward_model)
+    folder = _newest(Path(run.rollout.reward_model))
     if not (folder / VALUE_HEAD).is_file():
         raise ValueError(f"rollout.reward_model: {folder} is no reward model (no {VALUE_HEAD})")
     family = FAMILIES[run.model.family]
@@ -43,3 +43,9 @@ def load(run: Run, device: str) -> Scorer:
         return found
 
     return score
+
+
+def _newest(folder: Path) -> Path:
+    """The exported folder of a run's newest checkpoint; any other folder is returned as it is."""
+    heads = sorted(folder.glob(f"checkpoints/step_*/*/{VALUE_HEAD}"))
+    return heads[-1].parent if heads else folder
