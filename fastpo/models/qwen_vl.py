@@ -185,7 +185,11 @@ def fitted(height: int, width: int, *, factor: int, low: int, high: int, frames:
 
 
 def positions(p: Processor, ids: Tensor, items: Sequence[Media], shapes: Sequence[Shape], sampling: Sampling) -> Tensor:
-    """[3, n] positions along time, height and width, by the installed model's own get_rope_index, without weights."""
+    """[3, n] positions along time, height and width, by the installed model's own get_rope_index, without weights.
+
+    Text after a video continues from the video's start by the larger side of its frames in transformers 5; before, from
+    the largest position on any axis (huggingface/transformers#35569). They differ where a clip's times pass that side.
+    """
     model = MODELS[p.config.model_type]
     bare = SimpleNamespace(config=p.config, get_vision_position_ids=partial(model.get_vision_position_ids, None))
     of: dict[str, list[Shape]] = {"image": [], "video": []}

@@ -13,9 +13,9 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_together
 
-from fastpo.config import Lora
+from fastpo.config import Generation, Lora
 from fastpo.data import media
-from fastpo.models import FAMILIES, qwen_vl, trainable
+from fastpo.models import FAMILIES, generate, qwen_vl, trainable
 from fastpo.sample import BadSample
 from tests import parity, tiny_qwen
 
@@ -141,6 +141,18 @@ def test_reference_without_adapters(setup):
     samples = parity.decoded(setup.family, setup.processor, setup.samples[:4])
     given = inputs(setup, setup.processor)
     parity.check_reference(setup.family, setup.processor, adapted, tiny_qwen.plain(cfg), samples, given)
+
+
+def test_greedy_answers_are_those_without_a_cache(setup):
+    model, plain = setup.family.load(setup.cfg).eval(), tiny_qwen.plain(setup.cfg).eval()
+    given = inputs(setup, setup.processor)
+    for encoded in parity.decoded(setup.family, setup.processor, setup.samples[2:4]):
+        cfg = Generation(max_tokens=4, temperature=0)
+        (got,) = generate.respond(model, setup.family, setup.processor, encoded, cfg, count=1, seed=0)
+        full = torch.cat([encoded.prompt, got])
+        with torch.no_grad():
+            logits = plain(input_ids=full[None], use_cache=False, **given(encoded, full)).logits[0]
+        assert got.tolist() == logits[len(encoded.prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_sizes_are_those_of_smart_resize():
