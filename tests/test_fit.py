@@ -132,11 +132,13 @@ def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(base, demo, tmp_p
     assert all(torch.equal(w, adapter(tmp_path)[name]) for name, w in adapter(out).items())
 
 
-def test_sigterm_saves_and_exits_with_0(demo, tmp_path):
-    line = command(demo, tmp_path, "optim.steps=500")
-    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_exits_with_0(demo, tmp_path, workers):
+    """Sent to the process group, as a terminal or a scheduler does: the loader's workers stay until the run is done."""
+    line = command(demo, tmp_path, "optim.steps=500", f"data.workers={workers}")
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / "metrics.jsonl", process, lambda file: file.read_text().count("\n") >= 2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM" in output
     last = rows(tmp_path)[-1]["step"]

@@ -3,6 +3,8 @@
 Which samples a step holds follows from (seed, epoch, step) alone, so that a resumed run needs no saved loader state.
 """
 
+import math
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +47,7 @@ class Feed:
     batch: Batch
     rank: int
     ranks: int
+    frames_per_chunk: int | None = None
 
     @property
     def budget(self) -> Size:
@@ -84,10 +87,20 @@ class Feed:
 
     def windows(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[list[MicroBatch]]:
         """For each step (sample indices of all ranks together) this rank's micro-batches, as many on every rank."""
-        plans = [self.plan(table, chosen)[self.rank] for chosen in steps]
-        decoded = self._decoded(table, [row for rows in plans for row in rows], partial(_packed, self.blank))
-        for rows in plans:
-            yield [next(decoded) for _ in rows]
+        plans = [self.plan(table, chosen) for chosen in steps]
+        mine = [row for shares in plans for row in shares[self.rank]]
+        decoded = self._decoded(table, mine, partial(_packed, self.blank))
+        for shares in plans:
+            patches = [[sum(table.encoded[n].patches for n in row) for row in rows] for rows in shares]
+            yield [replace(next(decoded), calls=self.calls(max(same))) for same in zip(*patches, strict=True)]
+
+    def calls(self, patches: int) -> int:
+        """Of the vision tower for a row of this size, or for the blank image where that takes more."""
+        if self.frames_per_chunk is None:
+            return 1
+        assert self.blank.pixels is not None
+        pictures = len(self.blank.pixels)
+        return math.ceil(max(patches * pictures // self.blank.patches, pictures) / self.frames_per_chunk)
 
     def prompts(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[tuple[list[Encoded], Skipped]]:
         """For each step this rank's share of its samples, decoded, for rollouts."""
@@ -101,7 +114,13 @@ class Feed:
         """What `make` makes of each row of sample indices, in worker processes. Raises BadSample."""
         source = _Rows(table=table, rows=rows, feed=self, make=make)
         workers = self.data.workers
-        loader = DataLoader(source, batch_size=None, num_workers=workers, collate_fn=_same)  # pyright: ignore[reportArgumentType]
+        loader = DataLoader(
+            source,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_same,  # pyright: ignore[reportArgumentType]
+            worker_init_fn=_own_session,
+        )
         for row in loader:
             if isinstance(row, BadSample):
                 raise row
@@ -158,6 +177,11 @@ def _packed(blank: Encoded, decoded: list[Encoded], skipped: Skipped) -> MicroBa
 
 def _unpacked(decoded: list[Encoded], skipped: Skipped) -> tuple[list[Encoded], Skipped]:
     return decoded, skipped
+
+
+def _own_session(_: int) -> None:
+    """A signal to the whole job (Ctrl-C, a scheduler's SIGTERM) must not end the workers before the run has saved."""
+    os.setsid()
 
 
 def _same(row: Any) -> Any:
