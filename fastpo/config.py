@@ -14,6 +14,10 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+# families whose vision tower reads pictures, tiles or frames of one size, each for itself
+CHUNKED = ("llava_video", "llava", "llava_next", "llava_onevision", "internvl")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,6 +73,8 @@ class Model(Section):
     liger: Literal["auto", "on", "off"] = "auto"
     question_role: str = "user"  # under which the model itself asks (SPO: vuser)
     gradient_checkpointing: bool = True
+    frames_per_chunk: Count | None = None  # pictures in one call of the vision tower; None: all of a row
+    mlp_tile: Count | None = None  # tokens in one piece of the language model's MLPs; None: all of a row
     lora: Lora | None = Lora()
     train_vision: bool = False
     train_projector: bool = False
@@ -209,6 +215,8 @@ class Run(Section):
             raise ValueError("model.lora adapts the language model, but model.train_language is false")
         if model.time_instruction and model.family != "llava_video":
             raise ValueError(f"model.time_instruction is of family llava_video, not {model.family}")
+        if model.frames_per_chunk and model.family not in CHUNKED:
+            raise ValueError(f"model.frames_per_chunk is of families {', '.join(CHUNKED)}, not {model.family}")
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
             raise ValueError("model: every train_* key is false, nothing would be trained")
         return self

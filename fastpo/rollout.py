@@ -99,7 +99,8 @@ def learnable(
     plan += [[] for _ in range(max(1, engine.all_max(len(plan))) - len(plan))]
     window = []
     for row in plan:
-        batch = pack([groups[i].encoded for i in row], feed.blank)
+        calls = engine.all_max(feed.calls(sum(groups[i].encoded.patches for i in row)))
+        batch = replace(pack([groups[i].encoded for i in row], feed.blank), calls=calls)
         scores = torch.cat([torch.zeros(0), *(reward[i].float() for i in row)])
         window.append(replace(batch, given=prepare(engine, batch, cfg, scores, step)))
     return whitened(window) if cfg.advantage == "gae" and cfg.gae.whiten and step >= cfg.gae.critic_steps else window

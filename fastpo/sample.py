@@ -123,6 +123,7 @@ class MicroBatch:
     pixels, grid: those of the samples, in row order. keys: the samples; skipped: (key, reason) of those left out.
     ref_logp: [N], ref_hidden: [N, H], from the reference cache (rows without KL are 0).
     last: [S] place in the row of each response's last token. given: what a loss reads of a rollout (old_logp [N], ...).
+    calls: at least as many calls of the vision tower are made for this row, where it runs in chunks.
     """
 
     ids: Tensor
@@ -140,6 +141,7 @@ class MicroBatch:
     ref_logp: Tensor | None = None
     ref_hidden: Tensor | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    calls: int = 1
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "better"}

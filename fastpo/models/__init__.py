@@ -52,7 +52,7 @@ class Family(Protocol):
     def vision(model: Any, processor: Any, /, pixels: Tensor, grid: Tensor) -> Any:
         """Pixels and grid of a row -> its visual features, one tower call: a tensor [visual tokens, H] or a tuple.
 
-        Those of config.CHUNKED take `run` too, see models.vision: how the tower is run over the pictures.
+        Those of config.CHUNKED take `apply` too, see models.vision: how the tower is run over the pictures.
         """
         ...
 

@@ -19,6 +19,7 @@ from fastpo.config import Model
 from fastpo.data import media
 from fastpo.models import attention, chat, files, images
 from fastpo.models.chat import Chat
+from fastpo.models.vision import Apply, at_once
 from fastpo.sample import Encoded, Media, MicroBatch, Sample, Sampling
 
 parts = MappingProxyType(
@@ -142,7 +143,8 @@ def _tiles(p: Processor, item: Media, sampling: Sampling) -> Tensor:
     frames = media.decode(item, media.frame_count(item, sampling))
     if item.kind == "video":
         return media.resize(frames, p.size)
-    columns, rows = tiling(*frames.shape[1:3], p.size, *p.tiles)
+    height, width = frames.shape[1:3]
+    columns, rows = tiling(height, width, p.size, *p.tiles)
     whole = media.resize(frames, (rows * p.size, columns * p.size))
     tiles = whole.view(3, rows, p.size, columns, p.size).permute(1, 3, 0, 2, 4).flatten(0, 1)
     return tiles if len(tiles) == 1 else torch.cat([tiles, media.resize(frames, p.size)])
@@ -161,10 +163,14 @@ def blank(p: Processor) -> Encoded:
     )
 
 
-def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:
     """[tiles, 3, size, size] uint8 -> [tiles * tokens_per_tile, H]."""
-    x = images.normalized(pixels, p.mean, p.std)
-    return model.model.get_image_features(x, return_dict=True).pooler_output.flatten(0, 1)
+
+    def encode(tiles: Tensor) -> Tensor:
+        x = images.normalized(tiles, p.mean, p.std)
+        return model.model.get_image_features(x, return_dict=True).pooler_output.flatten(0, 1)
+
+    return apply(encode, pixels)
 
 
 def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = None) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.utils import output_capturing
 from fastpo.config import Model
 from fastpo.models import attention, chat, files, images
 from fastpo.models.chat import Chat
+from fastpo.models.vision import Apply, at_once
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Sampling
 
 parts = MappingProxyType(
@@ -159,9 +160,9 @@ def black(p: Processor, tokens: int, *, pictures: int, grid: tuple[int, ...] | N
     )
 
 
-def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:
     """[F, 3, side, side] uint8 -> [F * tokens, H]."""
-    return project(model, images.normalized(pixels, p.images.mean, p.images.std)).flatten(0, 1)
+    return apply(lambda x: project(model, images.normalized(x, p.images.mean, p.images.std)).flatten(0, 1), pixels)
 
 
 def project(model: Any, pixels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from fastpo.config import Model
 from fastpo.data import media
 from fastpo.models import anyres, images, llava
 from fastpo.models.llava import Processor, hidden
+from fastpo.models.vision import Apply, at_once
 from fastpo.sample import Encoded, Sample, Sampling
 
 __all__ = ["blank", "encode", "external", "hidden", "load", "parts", "pixels", "processor", "vision"]
@@ -78,10 +79,10 @@ def blank(p: Processor) -> Encoded:
     return llava.black(p, p.tokens + g.tokens, pictures=g.tiles, grid=(side, side))
 
 
-def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:
     """[tiles, 3, side, side] uint8 and [images, 2] -> [visual tokens, H]."""
     grids = [anyres.grid(height, width, p.images, p.patches) for height, width in grid.tolist()]
-    x = llava.project(model, images.normalized(pixels, p.images.mean, p.images.std))
+    x = llava.vision(model, p, pixels, grid, apply).unflatten(0, (-1, p.tokens))
     found = x.split([g.tiles for g in grids])
     newline = model.model.image_newline
     return torch.cat([anyres.features(tiles, g, newline) for tiles, g in zip(found, grids, strict=True)])

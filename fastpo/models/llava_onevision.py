@@ -19,6 +19,7 @@ from fastpo.config import Model
 from fastpo.data import media
 from fastpo.models import anyres, images, llava, llava_next
 from fastpo.models.llava import Processor
+from fastpo.models.vision import Apply, at_once
 from fastpo.sample import Encoded, Media, MicroBatch, Sample, Sampling
 
 parts = MappingProxyType(dict(llava_next.parts))
@@ -86,10 +87,10 @@ def blank(p: Processor) -> Encoded:
     return llava.black(p, _shape(p, item)[1], pictures=1, grid=item)
 
 
-def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> tuple[Tensor, Tensor]:
     """[F, 3, side, side] uint8 and [items, 4] -> features of the images and of the videos, [visual tokens, H] each."""
     items = [tuple(item) for item in grid.tolist()]
-    x = llava.project(model, images.normalized(pixels, p.images.mean, p.images.std))
+    x = llava.vision(model, p, pixels, grid, apply).unflatten(0, (-1, p.tokens))
     newline = model.model.image_newline.to(x)
     still, moving = [x[:0, 0]], [x[:0, 0]]
     for item, found in zip(items, x.split([_shape(p, item)[0] for item in items]), strict=True):

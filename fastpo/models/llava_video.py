@@ -19,6 +19,7 @@ from fastpo.config import Model
 from fastpo.data import media
 from fastpo.models import chat, files, images, llava
 from fastpo.models.chat import Chat
+from fastpo.models.vision import Apply, at_once
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Sampling
 
 parts = MappingProxyType({**llava.parts, "projector": ("model.multi_modal_projector", "model.image_newline")})
@@ -133,10 +134,14 @@ def blank(p: Processor) -> Encoded:
     )
 
 
-def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
+def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:
     """[F, 3, size, size] uint8 -> [F * tokens_per_frame, H]: tower, projector, pooling, a newline after every row."""
-    features = llava.project(model, images.normalized(pixels, p.mean, p.std))
-    return grid_tokens(features, model.model.image_newline, pooling=p.pooling)
+
+    def encode(frames: Tensor) -> Tensor:
+        features = llava.project(model, images.normalized(frames, p.mean, p.std))
+        return grid_tokens(features, model.model.image_newline, pooling=p.pooling)
+
+    return apply(encode, pixels)
 
 
 def grid_tokens(features: Tensor, newline: Tensor, *, pooling: str) -> Tensor:

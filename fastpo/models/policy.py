@@ -1,6 +1,7 @@
 """The one module that DeepSpeed wraps: vision once, reference, policy and head in a single forward."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fastpo.models import Family
 from fastpo.models.head import StatsHead
 from fastpo.models.trainable import part_of
+from fastpo.models.vision import chunk_frames
 from fastpo.sample import MicroBatch
 from fastpo_kernels import TokenStats
 
@@ -39,6 +41,7 @@ class Policy(nn.Module):
         reference: Any = None,
         backend: str = "auto",
         temperature: float = 1.0,
+        frames_per_chunk: int | None = None,
     ):
         super().__init__()
         self.model: Any
@@ -49,6 +52,7 @@ class Policy(nn.Module):
         self.family, self.processor = family, processor
         self.mode = mode if stats & {"ref_logp", "kl"} else "none"
         self.stats = stats
+        self.frames_per_chunk = frames_per_chunk
         self.wants_kl = "kl" in stats
         self.value_head = _value_head(model) if stats & {"value", "reward"} else None
         own = None if reference is None else reference.get_output_embeddings().weight
@@ -77,7 +81,7 @@ class Policy(nn.Module):
     def forward(self, batch: MicroBatch, *, record: bool = False) -> TokenStats | Valued | tuple[Tensor, Tensor]:
         """Statistics of the supervised tokens; with record, (logp [N], hidden [N, H]) for the reference cache."""
         with nullcontext() if self.train_features else torch.no_grad():
-            features = self.family.vision(self.core, self.processor, batch.pixels, batch.grid)
+            features = self._features(self.core, batch)
         ref_hidden = None if record else self._reference_hidden(batch, features)
         rows = self.family.hidden(self.core, batch, features)
         hidden = rows[batch.at]
@@ -99,6 +103,14 @@ class Policy(nn.Module):
         value, reward = self.value_head(rows[places])[:, 0].float().split([len(batch.at), len(batch.last)])
         return Valued(stats, value, reward)
 
+    def _features(self, model: Any, batch: MicroBatch) -> Any:
+        options: dict[str, Any] = {}
+        if self.frames_per_chunk is not None:
+            options["apply"] = partial(
+                chunk_frames, chunk=self.frames_per_chunk, recompute=torch.is_grad_enabled(), calls=batch.calls
+            )
+        return self.family.vision(model, self.processor, batch.pixels, batch.grid, **options)
+
     def _hidden(self, model: Any, batch: MicroBatch, features: Any) -> Tensor:
         return self.family.hidden(model, batch, features)[batch.at]
 
@@ -110,7 +122,7 @@ class Policy(nn.Module):
             return batch.ref_hidden
         if self.reference is not None:
             if self.train_features:
-                features = self.family.vision(self.reference, self.processor, batch.pixels, batch.grid)
+                features = self._features(self.reference, batch)
             return self._hidden(self.reference, batch, features)
         with self.model.disable_adapter():
             return self._hidden(self.core, batch, features)

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Apply = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # how an encoder is run over all of a row's pictures
+
+
+def at_once(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    return encode(pixels)
+
 
 def chunk_frames(
     encode: Callable[[Tensor], Tensor], pixels: Tensor, chunk: int, *, recompute: bool, calls: int = 1

@@ -1,13 +1,21 @@
 import math
+import subprocess
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from fastpo.config import Batch, Data, Model, Source
+from fastpo.data.loader import Feed
+from fastpo.data.pack import pack
+from fastpo.models import FAMILIES, llava_video
 from fastpo.models.vision import chunk_frames
 from fastpo_kernels.vision_splice import vision_splice
-from tests import tiny
+from tests import parity, tiny, tiny_families
 from tests.memory import peak_bytes
+from tests.test_fit import ENVIRONMENT, command, rows
+from tests.test_fit import run as fit_rows
 
 FRAMES = (16, 64, 256)
 
@@ -107,3 +115,56 @@ def test_memory_with_gradient_is_flat_in_frames():
     print(f"bytes beside twice the result: {made}")
     assert made[256] == made[64] == made[16]
     assert peak_bytes(lambda: step(encoder(model)(some_pixels(64)))) > 5 * made[64]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
+def test_families_in_chunks_of_pictures(tmp_path, name):
+    cfg = Model(path=str(tiny_families.write(tmp_path / "model", name)), family=name, dtype="float32")
+    family = FAMILIES[name]
+    p, model = family.processor(cfg), family.load(cfg)
+    items = [parity.image(tmp_path, width, height) for width, height in [(50, 20), (20, 44)]]
+    if name == "llava_onevision":
+        items.append(parity.video(tmp_path, 40, 24))
+    question = " ".join(f"<{item.kind}>" for item in items)
+    samples = [parity.sample("a", question, items, "yes"), parity.sample("b", "<image>", items[:1], "no")]
+    row = pack(parity.decoded(family, p, samples), family.blank(p))
+    chunked = partial(chunk_frames, chunk=2, recompute=False)
+    with torch.no_grad():
+        want = family.vision(model, p, row.pixels, row.grid)
+        got = family.vision(model, p, row.pixels, row.grid, apply=chunked)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_llava_video_in_chunks_of_frames():
+    model, pixels = tiny.model(packed=True), some_pixels(5)
+    want = llava_video.vision(model, tiny.processor(), pixels, torch.zeros(0))
+    chunked = partial(chunk_frames, chunk=2, recompute=True)
+    got = llava_video.vision(model, tiny.processor(), pixels, torch.zeros(0), apply=chunked)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_agree_on_the_calls_of_the_tower(demo, tmp_path):
+    """Three videos of four frames in a step on two ranks, the projector trained, ZeRO-3: 3 calls for 8 frames, and as
+    many on the rank with 4."""
+    more = ["batch.prompts=3", "optim.steps=2", "optim.warmup=0", "reference.mode=copy", "model.train_projector=true"]
+    found = fit_rows(demo, tmp_path / "whole", *more)
+    chunks = ["model.frames_per_chunk=3", "model.mlp_tile=64"]
+    line = command(demo, tmp_path / "chunked", *more, *chunks, ranks=2)
+    subprocess.run(line, check=True, env=ENVIRONMENT, capture_output=True, timeout=200)
+    for one, two in zip(found, rows(tmp_path / "chunked"), strict=True):
+        for name in ("loss", "kl", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-9)
+
+
+def test_calls_of_a_row_follow_from_its_patches():
+    """The blank image of llava_video is one frame; here it is three pictures, as of a family with tiles."""
+    batch = Batch(prompts=1, tokens=100)
+    data = Data(train=Source(name="rrpo", path="a.json"))
+    feed = Feed(
+        data=data, encode=tiny.blank, pixels=tiny.blank, blank=tiny.blank(), batch=batch, rank=0, ranks=1,
+        frames_per_chunk=3,
+    )  # fmt: skip
+    assert [feed.calls(49 * frames) for frames in (0, 1, 3, 4, 7)] == [1, 1, 1, 2, 3]
+    assert replace(feed, frames_per_chunk=None).calls(49 * 7) == 1
+    three = replace(feed.blank, pixels=some_pixels(3), patches=3 * 49)
+    assert [replace(feed, blank=three, frames_per_chunk=2).calls(49 * f) for f in (0, 1, 4, 5)] == [2, 2, 2, 3]
