@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastpo_kernels.token_stats import chunked, kernel
 from fastpo_kernels.token_stats.reference import Inputs
+from fastpo_kernels.triton_launch import Launch, run
 from fastpo_kernels.types import TokenStats
 
 # Where the "register" way is taken: fp16 or bf16, no unit gradient, H up to this and a multiple of BLOCK_H. A paper
@@ -41,20 +42,6 @@ HEAD = {
 }
 ROWS_BLOCK, ROWS_WARPS = 4096, 8
 MERGE_BLOCK, MERGE_WARPS = 128, 4
-
-
-class Launch(NamedTuple):
-    """A kernel with all that it is given: what `run` launches, and what a test compiles ahead of time."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-
-
-def run(launch: Launch) -> None:
-    launch.kernel[launch.grid](**launch.args, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
 def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, chunked.UnitGradient | None]:

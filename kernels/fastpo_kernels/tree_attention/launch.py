@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpo_kernels.token_stats.launch import Launch, run
 from fastpo_kernels.tree_attention import kernel, work
 from fastpo_kernels.tree_attention.work import Span, Work
+from fastpo_kernels.triton_launch import Launch, run
 from fastpo_kernels.types import Plan
 
 

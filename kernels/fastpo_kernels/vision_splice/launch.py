@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastpo_kernels.token_stats.launch import Launch, run
+from fastpo_kernels.triton_launch import Launch, run
 from fastpo_kernels.vision_splice import kernel
 from fastpo_kernels.vision_splice.reference import Grid
 
