@@ -71,6 +71,7 @@ class Model(Section):
     pooling: Literal["bilinear", "average"] = "bilinear"  # of llava_video
     time_instruction: bool = False  # llava_video: tell the model the times of the frames; RRPO's training did not
     liger: Literal["auto", "on", "off"] = "auto"
+    max_pixels: Count | None = None  # Qwen-VL: of an image or a frame; None: the checkpoint's own limit
     question_role: str = "user"  # under which the model itself asks (SPO: vuser)
     gradient_checkpointing: bool = True
     frames_per_chunk: Count | None = None  # pictures in one call of the vision tower; None: all of a row

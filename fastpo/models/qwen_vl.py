@@ -78,9 +78,16 @@ def processor(cfg: Model) -> Processor:
         config=AutoConfig.from_pretrained(folder),
         mean=tuple(image.image_mean),
         std=tuple(image.image_std),
-        image_pixels=(image.size["shortest_edge"], image.size["longest_edge"]),
-        video_pixels=_video_pixels(folder),
+        image_pixels=_limited((image.size["shortest_edge"], image.size["longest_edge"]), cfg),
+        video_pixels=_limited(_video_pixels(folder), cfg),
     )
+
+
+def _limited(pixels: tuple[int, int], cfg: Model) -> tuple[int, int]:
+    low, high = pixels
+    if cfg.max_pixels is not None and cfg.max_pixels < low:
+        raise ValueError(f"model.max_pixels: {cfg.max_pixels} is below the checkpoint's fewest, {low}")
+    return low, min(high, cfg.max_pixels or high)
 
 
 def _video_pixels(folder: Path) -> tuple[int, int]:

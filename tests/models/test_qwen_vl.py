@@ -166,6 +166,15 @@ def test_sizes_are_those_of_smart_resize():
                 assert qwen_vl.fitted(height, width, **limits, frames=frames) == want
 
 
+def test_max_pixels_lowers_the_checkpoints_limit(setup):
+    low, high = setup.processor.image_pixels
+    cfg = setup.cfg.model_copy(update={"max_pixels": high // 2})
+    assert setup.family.processor(cfg).image_pixels == (low, high // 2)
+    assert setup.family.processor(setup.cfg.model_copy(update={"max_pixels": 10 * high})).image_pixels == (low, high)
+    with pytest.raises(ValueError, match="model.max_pixels: 1 is below"):
+        setup.family.processor(setup.cfg.model_copy(update={"max_pixels": 1}))
+
+
 def test_limits_of_videos_come_from_their_own_file(setup, tmp_path):
     own = tmp_path / "video_preprocessor_config.json"
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 5, "max_pixels": 7, "size": {}}')
