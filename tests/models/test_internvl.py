@@ -18,9 +18,8 @@ from tests import parity
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    path = tmp_path_factory.mktemp("internvl")
+def folder(path):
+    """Writes weights, tokenizer and image settings, and returns the section that points there."""
     config = InternVLConfig(
         vision_config=dict(
             hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=[28, 28],
@@ -38,7 +37,13 @@ def setup(tmp_path_factory):
     GotOcr2ImageProcessorPil(
         size={"height": 28, "width": 28}, max_patches=4, image_mean=MEAN, image_std=STD
     ).save_pretrained(path)
-    cfg = Model(path=str(path), family="internvl", dtype="float32", lora=None)
+    return Model(path=str(path), family="internvl", dtype="float32", lora=None)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    path = tmp_path_factory.mktemp("internvl")
+    cfg = folder(path)
     wide, tall, small = parity.image(path, 83, 41), parity.image(path, 20, 77), parity.image(path, 30, 30)
     clip = parity.video(path, 96, 64)
     samples = [

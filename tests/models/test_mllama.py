@@ -21,9 +21,8 @@ from tests import parity
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mllama")
+def folder(path):
+    """Writes weights, tokenizer and image settings, and returns the section that points there."""
     config = MllamaConfig(
         vision_config=dict(
             hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_global_layers=1, attention_heads=2,
@@ -45,7 +44,13 @@ def setup(tmp_path_factory):
     made.save_pretrained(path)
     parity.tokenizer(["<|image|>"]).save_pretrained(path)
     MllamaImageProcessorPil(size={"height": 28, "width": 28}, image_mean=MEAN, image_std=STD).save_pretrained(path)
-    cfg = Model(path=str(path), family="mllama", dtype="float32", lora=None)
+    return Model(path=str(path), family="mllama", dtype="float32", lora=None)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mllama")
+    cfg = folder(path)
     wide, tall, small = parity.image(path, 83, 41), parity.image(path, 20, 77), parity.image(path, 25, 27)
     samples = [
         parity.sample("one image", "What is <image>?", [wide], "A bar.", "Nothing at all."),
