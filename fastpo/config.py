@@ -91,6 +91,8 @@ class Data(Section):
     fps: Positive | None = None
     on_bad_sample: Literal["error", "skip"] = "error"
     workers: Annotated[int, Field(ge=0)] = 2
+    cache: Path | None = None  # decoded pictures are kept in this folder, for all runs
+    cache_gib: Positive = 100.0  # of its files at most; those used longest ago go first
     synthetic: Path | None = None  # write the built-in demo data here first, if it is not there yet
 
 

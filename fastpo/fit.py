@@ -23,7 +23,7 @@ import fastpo
 import fastpo_kernels
 from fastpo import checkpoint, metrics, reference, reward_model, rollout
 from fastpo.config import Run
-from fastpo.data import loader, synthetic
+from fastpo.data import cache, loader, synthetic
 from fastpo.data.loader import Feed, Table
 from fastpo.engine import Engine, init_distributed, sharded_loading
 from fastpo.models import FAMILIES, trainable
@@ -146,16 +146,25 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
     family = FAMILIES[run.model.family]
     processor = family.processor(run.model)
     sampling = Sampling(frames=run.data.frames, fps=run.data.fps)
+    pixels = partial(family.pixels, processor, sampling=sampling)
+    if run.data.cache is not None:
+        pixels = partial(cache.pixels, pixels, run.data.cache, round(run.data.cache_gib * 2**30), picture_facts(run))
     return Feed(
         data=run.data,
         encode=partial(family.encode, processor, sampling=sampling),
-        pixels=partial(family.pixels, processor, sampling=sampling),
+        pixels=pixels,
         blank=family.blank(processor),
         batch=run.batch,
         rank=rank,
         ranks=ranks,
         frames_per_chunk=run.model.frames_per_chunk,
     )
+
+
+def picture_facts(run: Run) -> str:
+    """What the pixels of a sample depend on beside its media: program, family, sampling, the folder's settings."""
+    settings = [file.read_text() for file in sorted(Path(run.model.path).glob("*config.json"))]
+    return repr((fastpo.__version__, run.model.family, run.data.frames, run.data.fps, settings))
 
 
 def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:

@@ -2,6 +2,7 @@ import math
 import subprocess
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_memory_with_gradient_is_flat_in_frames():
 @pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
 def test_families_in_chunks_of_pictures(tmp_path, name):
     cfg = Model(path=str(tiny_families.write(tmp_path / "model", name)), family=name, dtype="float32")
-    family = FAMILIES[name]
+    family: Any = FAMILIES[name]
     p, model = family.processor(cfg), family.load(cfg)
     items = [parity.image(tmp_path, width, height) for width, height in [(50, 20), (20, 44)]]
     if name == "llava_onevision":
@@ -136,10 +137,10 @@ def test_families_in_chunks_of_pictures(tmp_path, name):
 
 
 def test_llava_video_in_chunks_of_frames():
-    model, pixels = tiny.model(packed=True), some_pixels(5)
-    want = llava_video.vision(model, tiny.processor(), pixels, torch.zeros(0))
+    model, pixels, p = tiny.model(packed=True), some_pixels(5), cast(Any, tiny.processor())
+    want = llava_video.vision(model, p, pixels, torch.zeros(0))
     chunked = partial(chunk_frames, chunk=2, recompute=True)
-    got = llava_video.vision(model, tiny.processor(), pixels, torch.zeros(0), apply=chunked)
+    got = llava_video.vision(model, p, pixels, torch.zeros(0), apply=chunked)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -161,8 +162,8 @@ def test_calls_of_a_row_follow_from_its_patches():
     batch = Batch(prompts=1, tokens=100)
     data = Data(train=Source(name="rrpo", path="a.json"))
     feed = Feed(
-        data=data, encode=tiny.blank, pixels=tiny.blank, blank=tiny.blank(), batch=batch, rank=0, ranks=1,
-        frames_per_chunk=3,
+        data=data, encode=lambda _: tiny.blank(), pixels=lambda _: None, blank=tiny.blank(), batch=batch, rank=0,
+        ranks=1, frames_per_chunk=3,
     )  # fmt: skip
     assert [feed.calls(49 * frames) for frames in (0, 1, 3, 4, 7)] == [1, 1, 1, 2, 3]
     assert replace(feed, frames_per_chunk=None).calls(49 * 7) == 1
