@@ -9,8 +9,9 @@ Face has them: -100 is ignored, and the shift happens inside, hidden at t predic
 **head: bias [V], softcap, temperature of token_stats.
 Returns the loss, a scalar in fp32 (float64 for float64 inputs) with a gradient to hidden, weight and bias, and
 detached scalar metrics. Without a supervised token the loss and its gradients are 0. Labels, phrase_mask and scores are
-copied to the host, which on CUDA is the only sync. Raises ValueError for shapes and options that do not fit, as
-token_stats does.
+copied to the host, which on CUDA is the only sync.
+backend: of token_stats. "triton" (CUDA) also makes the loss in one launch, loss_kernel; "auto" keeps to plain PyTorch
+until that has been timed on a device. Raises ValueError for shapes and options that do not fit, as token_stats does.
 
 Axes: B pairs, prompts or completions; N responses of a prompt; T positions; n supervised tokens.
 """
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo_kernels import losses
+from fastpo_kernels import loss_kernel, losses
 from fastpo_kernels.token_stats import token_stats
 from fastpo_kernels.types import LossOut, Segments, TokenStats
 
@@ -50,9 +51,10 @@ def fused_dpo(
     rows = _rows(hidden, labels, _chosen_rejected(hidden))
     seg = _pairs(rows)
     stats = _stats(rows, seg, hidden, weight, ref_hidden, ref_weight, ref_logp, backend=backend, **head)
-    seg = seg.to(hidden.device)
-    out = losses.dpo(stats.logp, stats.ref_logp, seg, beta=beta, label_smoothing=label_smoothing)
-    return _mean(out, len(seg.groups))
+    options: dict[str, Any] = {"beta": beta, "label_smoothing": label_smoothing}
+    if backend == "triton":
+        return loss_kernel.pairs(stats.logp, stats.ref_logp, seg, **options)
+    return _mean(losses.dpo(stats.logp, stats.ref_logp, seg.to(hidden.device), **options), len(seg.groups))
 
 
 def fused_rrpo(
@@ -80,8 +82,11 @@ def fused_rrpo(
     seg = _pairs(rows, phrases)
     stats = _stats(rows, seg, hidden, weight, ref_hidden, ref_weight, None, kl_rows=seg.better, backend=backend, **head)
     assert stats.ref_logp is not None and stats.kl is not None
-    seg = seg.to(hidden.device)
-    return _mean(losses.rrpo(stats.logp, stats.ref_logp, stats.kl, seg, beta=beta, alpha=alpha), len(seg.groups))
+    options: dict[str, Any] = {"beta": beta, "alpha": alpha}
+    if backend == "triton":
+        return loss_kernel.pairs(stats.logp, stats.ref_logp, seg, kl=stats.kl, **options)
+    out = losses.rrpo(stats.logp, stats.ref_logp, stats.kl, seg.to(hidden.device), **options)
+    return _mean(out, len(seg.groups))
 
 
 def fused_perpo(
@@ -114,7 +119,9 @@ def fused_perpo(
     score = scores.where(supervised, 0.0).flatten()  # equal scores: no pairs
     seg = Segments.build(tokens=rows.tokens, groups=[size] * prompts, score=score)
     stats = _stats(rows, seg, hidden, weight, ref_hidden, ref_weight, ref_logp, backend=backend, **head)
-    options = {"beta": beta, "gamma": gamma, "length_normalized": length_normalized}
+    options: dict[str, Any] = {"beta": beta, "gamma": gamma, "length_normalized": length_normalized}
+    if backend == "triton":
+        return loss_kernel.pairs(stats.logp, stats.ref_logp, seg, **options)
     return _mean(losses.perpo(stats.logp, stats.ref_logp, seg.to(hidden.device), **options), prompts)
 
 
@@ -146,19 +153,23 @@ def fused_grpo(
     _shape("advantages", advantages, hidden.shape[:1])
     seg = Segments.build(tokens=rows.tokens, groups=[1] * len(hidden), score=torch.zeros(len(hidden)))
     stats = _stats(rows, seg, hidden, weight, None, None, ref_logp, backend=backend, **head)
-    out = losses.grpo(
+    given = (
         stats.logp,
         stats.ref_logp,
         _pick("old_logp", old_logp, rows, stats.logp),
         advantages.detach().to(stats.logp),
-        seg.to(hidden.device),
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        beta=beta,
-        kl_ratio=kl_ratio,
-        loss_type=loss_type,
-        max_completion_length=max_completion_length,
     )
+    options: dict[str, Any] = {
+        "epsilon_low": epsilon_low,
+        "epsilon_high": epsilon_high,
+        "beta": beta,
+        "kl_ratio": kl_ratio,
+        "loss_type": loss_type,
+        "max_completion_length": max_completion_length,
+    }
+    if backend == "triton":
+        return loss_kernel.grpo(*given, seg, **options)
+    out = losses.grpo(*given, seg.to(hidden.device), **options)
     return _mean(out, len(out.losses))
 
 

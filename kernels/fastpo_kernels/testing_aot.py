@@ -1,8 +1,8 @@
 """Compiles what would be launched, for a GPU that need not be there, and asks ptxas what it costs."""
 
 import re
-import subprocess
-import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float64: "fp64",
     torch.bool: "i1",
 }
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may have, by compute capability
@@ -33,8 +34,8 @@ def cost(kernel: Any, args: dict[str, Any], capability: int, **options: int) -> 
     multiples of 16 are known to be (a tensor on "meta" counts as aligned). Without that the figures would be of another
     kernel. options: num_warps, num_stages.
     """
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_source
 
@@ -50,18 +51,14 @@ def cost(kernel: Any, args: dict[str, Any], capability: int, **options: int) -> 
         elif _divisible(value):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attrs=attributes)
-    made = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = made.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
-        log = subprocess.run(
-            [*command, file.name, "-o", "/dev/null"], check=True, capture_output=True, text=True
-        ).stderr
+    with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(StringIO()) as printed:
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # what comes from the cache has no log
+        made = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
+    log = printed.getvalue()
     registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
     spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", log)))
-    return Cost(registers, spilled, made.metadata.shared, ptx)
+    return Cost(registers, spilled, made.metadata.shared, made.asm["ptx"])
 
 
 def _type(value: object) -> str:

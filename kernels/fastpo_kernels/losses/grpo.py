@@ -45,13 +45,7 @@ def grpo(
     Raises ValueError for a negative epsilon or beta, beta without ref_logp, an unknown loss_type, and "dr_grpo" without
     a positive max_completion_length.
     """
-    if not (epsilon_low >= 0 and epsilon_high >= 0 and beta >= 0):
-        raise ValueError(f"epsilon and beta must not be negative, got {epsilon_low}, {epsilon_high} and {beta}")
-    if beta and ref_logp is None:
-        raise ValueError(f"beta {beta} needs ref_logp")
-    one_of("loss_type", loss_type, ("grpo", "dapo", "dr_grpo", "gspo"))
-    if loss_type == "dr_grpo" and not (max_completion_length or 0) > 0:
-        raise ValueError(f"dr_grpo needs a positive max_completion_length, got {max_completion_length}")
+    check_grpo(ref_logp, epsilon_low, epsilon_high, beta, loss_type, max_completion_length)
     count = seg.tokens.clamp(min=1)
     log_ratio = logp - (logp.detach() if old_logp is None else old_logp)
     if loss_type == "gspo":
@@ -70,6 +64,18 @@ def grpo(
         return LossOut(losses=per_token, unit="token", metrics=metrics)
     length = max_completion_length if max_completion_length and loss_type == "dr_grpo" else count
     return LossOut(losses=seg.sum(per_token) / length, unit="response", metrics=metrics)
+
+
+def check_grpo(
+    ref_logp: Tensor | None, low: float, high: float, beta: float, loss_type: str, max_completion_length: int | None
+) -> None:
+    if not (low >= 0 and high >= 0 and beta >= 0):
+        raise ValueError(f"epsilon and beta must not be negative, got {low}, {high} and {beta}")
+    if beta and ref_logp is None:
+        raise ValueError(f"beta {beta} needs ref_logp")
+    one_of("loss_type", loss_type, ("grpo", "dapo", "dr_grpo", "gspo"))
+    if loss_type == "dr_grpo" and not (max_completion_length or 0) > 0:
+        raise ValueError(f"dr_grpo needs a positive max_completion_length, got {max_completion_length}")
 
 
 def clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, dict[str, Tensor]]:

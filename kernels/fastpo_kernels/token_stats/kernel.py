@@ -23,21 +23,21 @@ def _tanh(x):
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     series = 1 + x * (1 / 5) * (1 + x * (1 / 6) * (1 + x * (1 / 7) * (1 + x * (1 / 8))))
     series = x * (1 + x * (1 / 2) * (1 + x * (1 / 3) * (1 + x * (1 / 4) * series)))
     return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1)
 
 
 @triton.jit
-def _gap(w, e, d):
+def gap(w, e, d):
     """w d + e - w where e = w exp(-d): w (d^2/2 - d^3/6 + ...), without cancellation for small d."""
     series = d * d * (1 / 2) * (1 - d * (1 / 3) * (1 - d * (1 / 4) * (1 - d * (1 / 5) * (1 - d * (1 / 6)))))
     return tl.where(tl.abs(d) < 0.25, w * series, w * d + e - w)
 
 
 @triton.jit
-def _log_gap(x):
+def log_gap(x):
     """x - log(1 + x), without cancellation for small x."""
     series = 1 / 5 - x * (1 / 6 - x * (1 / 7 - x * (1 / 8 - x * (1 / 9))))
     series = x * x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * series)))
@@ -67,7 +67,7 @@ def _raise_entropy(e, s, rise):
 def _raise_gap(t, sp, sq, rise_p, rise_q):
     """t under larger maxima of p and q."""
     wp, wq, shift = tl.exp(-rise_p), tl.exp(-rise_q), rise_q - rise_p
-    return wq * t + sp * _gap(wq, wp, -shift) + wq * shift * (sp - sq)
+    return wq * t + sp * gap(wq, wp, -shift) + wq * shift * (sp - sq)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _take_in_gap(t, mp, sp, mq, sq, zp, zq):
     t = _raise_gap(t, sp, sq, top_p - mp, top_q - mq)
     zp -= top_p[:, None]
     zq -= top_q[:, None]
-    return t + tl.sum(_gap(tl.exp(zq), tl.exp(zp), zq - zp), 1)
+    return t + tl.sum(gap(tl.exp(zq), tl.exp(zp), zq - zp), 1)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _at(z, cols, target):
 
 @triton.jit
 def _kl(t, sp, sq):
-    return t / sq - _log_gap((sp - sq) / sq)
+    return t / sq - log_gap((sp - sq) / sq)
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def rows(
             tl.store(stats_ptr + 2 * n + row + one, tl.where(slot < kl_rows, _kl(t, sp, sq), 0.0))
     if u_ptr is not None:
         u_ptr += row.to(tl.int64) * stride
-        to_target = -_expm1(logp)[:, None]
+        to_target = -expm1(logp)[:, None]
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             zp = tl.load(z_ptr + cols, mask=cols < V, other=0.0)[None, :]
