@@ -28,6 +28,8 @@ FLOORS = {
     "fastpo.dryrun": 5,
     "fastpo.train": 5,
     "fastpo.merge": 5,
+    "fastpo.answers": 5,
+    "fastpo.endpoint": 5,
     "fastpo.convert": 5,
     "fastpo.generate": 5,
     "fastpo.score": 5,

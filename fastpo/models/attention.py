@@ -4,6 +4,9 @@ A registered name without a mask function makes transformers build no L x L mask
 through every layer, so that the recomputation of gradient checkpointing, in another thread on CUDA, sees it too.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,3 +62,36 @@ def register(backend: str) -> str:
     name = f"fastpo_{backend}"
     AttentionInterface.register(name, _attention(backend))
     return name
+
+
+@contextmanager
+def watched(module: Any, rows: slice) -> Iterator[list[Tensor]]:
+    """Keeps the weights [heads, n, T] float32 that the queries `rows` of this self-attention give to a causal row.
+
+    Every forward in the block appends its own. The other layers, and what this one computes, stay as they are.
+    """
+    kept: list[Tensor] = []
+    plain = module.config
+    inner = AttentionInterface()[plain._attn_implementation]
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any):
+        assert query.shape[0] == 1 and query.shape[2] == key.shape[2]
+        kept.append(_causal_weights(query[0], key[0], rows, options.get("scaling")))
+        return inner(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("fastpo_watched", attend)
+    module.config = copy.copy(plain)
+    module.config._attn_implementation = "fastpo_watched"
+    try:
+        yield kept
+    finally:
+        module.config = plain
+
+
+def _causal_weights(query: Tensor, key: Tensor, rows: slice, scale: float | None) -> Tensor:
+    """[heads, T, D] and [kv_heads, T, D] -> [heads, n, T], in float32."""
+    tokens = query.shape[1]
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    scores = query[:, rows].float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    at = torch.arange(tokens, device=query.device)
+    return scores.masked_fill(at > at[rows, None], -torch.inf).softmax(-1)

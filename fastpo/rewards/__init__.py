@@ -61,11 +61,13 @@ def terms(plugins: Sequence[Plugin], *, key: str = "rewards") -> tuple[Term, ...
     return tuple(found)
 
 
-def total(summands: Sequence[Term], answer: str, truth: Any, *, where: str) -> tuple[float, dict[str, float]]:
+def total(
+    summands: Sequence[Term], answer: str, truth: Any, *, where: str, key: str = "truth"
+) -> tuple[float, dict[str, float]]:
     """The weighted sum, and each reward by name before its weight (of equal names, the sum). where: "file:row".
 
-    Raises BadSample with the row and key "truth" if a reward raises (a package that is missing: as it is) or is not
-    finite: scoring 0 instead would train the model on the mistake.
+    Raises BadSample with the row and key, that of the truth, if a reward raises (a package that is missing: as it is)
+    or is not finite: scoring 0 instead would train the model on the mistake.
     """
     values: dict[str, float] = {}
     score = 0.0
@@ -75,11 +77,9 @@ def total(summands: Sequence[Term], answer: str, truth: Any, *, where: str) -> t
         except ImportError:
             raise
         except Exception as error:  # a reward of one's own may raise anything
-            raise bad(
-                where, "truth", f"reward {name}: {error or type(error).__name__} (truth: {truth!r:.80})"
-            ) from error
+            raise bad(where, key, f"reward {name}: {error or type(error).__name__} (truth: {truth!r:.80})") from error
         if not math.isfinite(value):
-            raise bad(where, "truth", f"reward {name} is {value} for the answer {answer!r:.80}")
+            raise bad(where, key, f"reward {name} is {value} for the answer {answer!r:.80}")
         values[name] = values.get(name, 0.0) + value
         score += weight * value
     return score, values
