@@ -23,6 +23,8 @@ HARMLESS = (
     "log",
     "data.workers",
     "data.synthetic",
+    "data.cache",
+    "data.cache_gib",
     "out",
 )  # keys that may differ on resume: no number depends on them
 

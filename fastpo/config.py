@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,9 +51,25 @@ class Plugin(BaseModel):
 
 
 class Source(Plugin):
-    """A data set file: name is its format, path a json, jsonl or parquet file or a hub name."""
+    """A data set file: name is its format, path a json, jsonl or parquet file or a hub name.
+
+    Also several files of one format: "folder/{a,b}.json", or SPO's YAML list of files with their rules and weights.
+    """
 
     path: str
+    rule: str = "all"  # which rows: all, first:N, end:N, random:N (N a count or N%) or N%
+    weight: NonNegative = 1.0  # how many times they are read, in parts too
+
+
+def _is_list(value: Any) -> str:
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+ONE, SEVERAL = "one data set", "several data sets"  # no user reads these names
+Sources = Annotated[
+    Annotated[Source, Tag(ONE)] | Annotated[tuple[Source, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(_is_list),
+]
 
 
 class Lora(Section):
@@ -84,8 +110,8 @@ class Model(Section):
 
 
 class Data(Section):
-    train: Source
-    eval: Source | None = None
+    train: Sources  # one data set, or a list of them to mix
+    eval: Sources | None = None
     media_root: Path = Path(".")
     frames: Count = 16  # of a video; with fps: at most that many
     fps: Positive | None = None
@@ -264,7 +290,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     try:
         return Run.model_validate(_fill(tree, str(tree.get("out", ""))))
     except ValidationError as error:
-        lines = ["  " + ": ".join(filter(None, (".".join(map(str, e["loc"])), _reason(e)))) for e in error.errors()]
+        lines = ["  " + ": ".join(filter(None, (_key(e), _reason(e)))) for e in error.errors()]
         raise ValueError(f"{path}: bad configuration\n" + "\n".join(lines)) from None
 
 
@@ -289,7 +315,13 @@ def _override(tree: dict, item: str) -> None:
 def _fill(node: Any, out: str) -> Any:
     if isinstance(node, dict):
         return {key: _fill(value, out) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_fill(value, out) for value in node]
     return node.replace("{out}", out) if isinstance(node, str) else node
+
+
+def _key(error: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in error["loc"] if part not in (ONE, SEVERAL))
 
 
 def _reason(error: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def report(run: Run) -> None:
     rows = [row for step in plans for rank in step for row in rank if row]
     lengths = [e.tokens for e in table.encoded]
     filled = [sum(lengths[n] for n in row) for row in rows]
+    patches = [sum(table.encoded[n].patches for n in row) for row in rows]
     separate = sum(
         len(r) + len(table.encoded[n].prompt) for step in chosen for n in step for r in table.encoded[n].responses
     )
@@ -43,12 +44,24 @@ def report(run: Run) -> None:
         "tokens per sample, smallest and largest": f"{min(lengths):,} and {max(lengths):,}",
         "micro-batches per step and rank, mean": f"{sum(len(step[0]) for step in plans) / steps:.2f}",
         "packing efficiency, tokens / batch.tokens": f"{sum(filled) / (len(filled) * run.batch.tokens):.1%}",
+        "vision patches per row, mean and largest": f"{sum(patches) / len(patches):,.0f} and {max(patches):,}",
+        "work of the busiest rank / mean of ranks": f"{balance(table, plans, run.batch.patch_cost):.3f}",
         "tokens saved by sharing prompts": f"{1 - sum(filled) / separate:.1%} of {separate:,}",
     }
     metrics.table("data", [{"what": what, "number": number} for what, number in facts.items()])
     metrics.table(
         "memory per rank, estimated", [{"what": k, "GiB": v / GIB} for k, v in memory(run, max(filled), ranks).items()]
     )
+
+
+def balance(table: loader.Table, plans: list[list[list[list[int]]]], patch_cost: float) -> float:
+    """Of tokens + patch_cost * patches, mean over the steps; 1 where all ranks have as much to do. plans: [steps]."""
+    sizes = [e.size for e in table.encoded]
+    found = []
+    for ranks in plans:
+        work = [sum(sizes[n].tokens + patch_cost * sizes[n].patches for row in rows for n in row) for rows in ranks]
+        found.append(max(work) * len(work) / sum(work))
+    return sum(found) / len(found)
 
 
 def memory(run: Run, tokens: int, ranks: int) -> Mapping[str, float]:

@@ -158,6 +158,7 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
         rank=rank,
         ranks=ranks,
         frames_per_chunk=run.model.frames_per_chunk,
+        seed=run.seed,
     )
 
 
@@ -228,7 +229,8 @@ def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) 
     dist.barrier()
     folder = reference.open_cache(run, with_hidden=policy.wants_kl)
     names = {s.key: reference.sample_name(s, e) for t in tables for s, e in zip(t.samples, t.encoded, strict=True)}
-    missing = [[i for i, s in enumerate(t.samples) if not (folder / names[s.key]).exists()] for t in tables]
+    lack = [{names[s.key]: i for i, s in enumerate(t.samples) if not (folder / names[s.key]).exists()} for t in tables]
+    missing = [list(found.values()) for found in lack]  # a row that is read more than once is recorded once
     dist.barrier()  # every rank has looked before the first one writes
     engine.train(False)
     for table, lacking in zip(tables, missing, strict=True):

@@ -7,7 +7,7 @@ import transformers
 import yaml
 from torch import nn, optim
 
-from fastpo.config import Optim, load, schedule_factor, warmup_run
+from fastpo.config import Optim, Source, load, schedule_factor, warmup_run
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
@@ -36,6 +36,7 @@ def refusal(file, *overrides) -> str:
 
 def test_only_six_sections_have_no_default(file):
     run = load(file)
+    assert isinstance(run.data.train, Source)
     assert (run.out, run.model.path, run.data.train.path) == (Path("runs/x"), "tiny", "train.json")
     assert run.reference.mode == "adapter_off" and run.engine.zero == 3 and run.optim.clip == 1.0
     file.write_text("")
@@ -136,12 +137,25 @@ def test_overrides_are_yaml_and_the_last_wins(file):
 
 def test_overrides_make_the_sections_they_need(file):
     run = load(file, ["data.eval.name=rrpo", "data.eval.path=test.json", "model.lora=null", "model.lora.r=4"])
-    assert run.data.eval is not None and run.data.eval.path == "test.json"
+    assert isinstance(run.data.eval, Source) and run.data.eval.path == "test.json"
     assert run.model.lora is not None and run.model.lora.r == 4
+
+
+def test_data_sets_are_one_or_several(file):
+    one = "{name: rrpo, path: '{out}/a.json', weight: 0.5, rule: 'first:3', split: x}"
+    run = load(file, [f"data.train=[{one}, {{name: dpo, path: b.json}}]"])
+    assert not isinstance(run.data.train, Source)
+    a, b = run.data.train
+    assert (a.path, a.weight, a.rule, a.options) == ("runs/x/a.json", 0.5, "first:3", {"split": "x"})
+    assert (b.name, b.weight, b.rule, b.options) == ("dpo", 1.0, "all", {})
+    assert "data.train.1.path: Field required" in refusal(file, f"data.train=[{one}, {{name: dpo}}]")
+    assert "data.train.weight: Input should be greater than or equal to 0" in refusal(file, "data.train.weight=-1")
+    assert "data.train: Tuple should have at least 1 item" in refusal(file, "data.train=[]")
 
 
 def test_out_is_filled_in(file):
     run = load(file, ["data.train.path='{out}/data/train.json'", "data.synthetic='{out}/data'", "out=/tmp/y"])
+    assert isinstance(run.data.train, Source)
     assert (run.data.train.path, run.data.synthetic) == ("/tmp/y/data/train.json", Path("/tmp/y/data"))
 
 
@@ -158,6 +172,7 @@ def test_warm_up_stage_trains_everything_without_a_reference(file):
 
 def test_plugins_keep_their_own_keys_for_later(file):
     run = load(file, ["loss.betta=1", "data.train.split=a"])
+    assert isinstance(run.data.train, Source)
     assert run.loss.options == {"betta": 1} and run.data.train.options == {"split": "a"}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastpo.config import Batch, Data, Source
-from fastpo.data import formats
+from fastpo.data import mix
 from fastpo.data.pack import pack, plan, spread
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Size
 
@@ -48,20 +48,22 @@ class Feed:
     rank: int
     ranks: int
     frames_per_chunk: int | None = None
+    seed: int = 0  # of the rows that a rule draws
 
     @property
     def budget(self) -> Size:
         """Of one packed row."""
         return Size(self.batch.tokens, self.batch.patches or sys.maxsize)
 
-    def read(self, source: Source, *, keep: Keep = "all") -> Table:
+    def read(self, source: Source | Sequence[Source], *, keep: Keep = "all") -> Table:
         """Reads, checks and tokenises every row. keep: which of a prompt's responses, "best" for supervised training,
         "none" for rollouts.
 
         Raises BadSample at the first bad row under on_bad_sample: error, ValueError where no row is left.
         """
         samples, encoded, skipped = [], [], []
-        for row in formats.samples(source, self.data.media_root):
+        paths = ", ".join(s.path for s in ([source] if isinstance(source, Source) else source))
+        for row in mix.samples(source, self.data.media_root, self.seed):
             try:
                 if isinstance(row, BadSample):
                     raise row
@@ -76,13 +78,13 @@ class Feed:
             except BadSample as error:
                 if self.data.on_bad_sample == "error":
                     raise
-                skipped.append((getattr(row, "key", source.path), str(error)))
+                skipped.append((getattr(row, "key", paths), str(error)))
                 continue
             samples.append(sample)
             encoded.append(tokens)
         if not samples:
             reason = f"; the first of {len(skipped)} bad rows: {skipped[0][1]}" if skipped else ""
-            raise ValueError(f"{source.path}: no usable row{reason}")
+            raise ValueError(f"{paths}: no usable row{reason}")
         return Table(samples=samples, encoded=encoded, skipped=skipped)
 
     def windows(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[list[MicroBatch]]:

@@ -1,13 +1,19 @@
-"""Which rows of each file are read: SPO's mixing rules and its YAML list of files."""
+"""Which rows of each file are read: several data sets mixed, SPO's mixing rules and its YAML list of files."""
 
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import yaml
+
+from fastpo.config import Source
+from fastpo.data import formats
+from fastpo.sample import BadSample, Sample
 
 Row = TypeVar("Row")
 _RULE = re.compile(r"(?:(first|end|random):)?(\d+(?:\.\d+)?)(%?)")
@@ -19,6 +25,46 @@ class Part(NamedTuple):
     path: str
     rule: str = "all"
     weight: float = 1.0
+
+
+def samples(source: Source | Sequence[Source], media_root: Path, seed: int = 0) -> list[Sample | BadSample]:
+    """The rows of all data sets, one after the other, as often as their weights say; see formats.samples.
+
+    A row that is read more than once has "#2", "#3", ... at the end of its key; a bad one is told once. Raises
+    ValueError naming the file for a rule or a file that cannot be read.
+    """
+    found: list[Sample | BadSample] = []
+    times: Counter[str] = Counter()
+    for one in [source] if isinstance(source, Source) else source:
+        for file in _files(one):
+            try:
+                kept = repeat(mix(formats.samples(file, media_root), file.rule, seed), file.weight, seed)
+            except ValueError as error:
+                raise ValueError(str(error) if file.path in str(error) else f"{file.path}: {error}") from None
+            for row in kept:
+                name = str(row) if isinstance(row, BadSample) else row.key
+                times[name] += 1
+                if times[name] == 1:
+                    found.append(row)
+                elif isinstance(row, Sample):
+                    found.append(replace(row, key=f"{name}#{times[name]}"))
+    return found
+
+
+def _files(source: Source) -> list[Source]:
+    """The files that a path stands for, each with its own rule and weight."""
+    if not re.search(r"\.ya?ml$|\{.+\}", source.path):
+        return [source]
+    return [
+        source.model_copy(
+            update={
+                "path": part.path,
+                "rule": source.rule if part.rule == "all" else part.rule,
+                "weight": part.weight * source.weight,
+            }
+        )
+        for part in parts(source.path)
+    ]
 
 
 def mix(rows: Sequence[Row], rule: str, seed: int = 0) -> list[Row]:
