@@ -27,8 +27,8 @@ external = ("model.image_newline",)
 
 HOW_TO = (
     "Download a LLaVA-Video checkpoint, for example with `hf download lmms-lab/LLaVA-Video-7B-Qwen2 --local-dir "
-    "weights/original`, bring it into transformers' llava_onevision layout and point model.path at that folder "
-    "(config.json, *.safetensors, tokenizer.json, preprocessor_config.json)."
+    "weights/original`, convert it with `python -m fastpo.convert weights/original weights/LLaVA-Video-7B-Qwen2` and "
+    "point model.path at that folder (config.json, *.safetensors, tokenizer.json, preprocessor_config.json)."
 )
 
 
