@@ -1,5 +1,7 @@
 """`python -m fastpo.train CONFIG [key.path=value ...] [--dry-run]`: trains what a YAML file describes.
 
+`python -m fastpo.train --list` shows what it can name: losses, rewards, formats, families.
+
 Under `torchrun --nproc-per-node N -m fastpo.train ...` or `deepspeed --module fastpo.train ...` on N ranks. The same
 command continues a run that was killed.
 """
@@ -13,15 +15,22 @@ from fastpo.config import Run, load, warmup_run
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpo.train", description=__doc__)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved run, its tokens and memory; train nothing"
     )
+    parser.add_argument("--list", action="store_true", help="show losses, rewards, formats, families; train nothing")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # given by the deepspeed launcher
     args = parser.parse_intermixed_args(argv)
+    if args.list:
+        from fastpo.listing import listing
+
+        return print(listing())
+    if args.config is None:
+        parser.error("the following arguments are required: config")
     try:
         run = load(args.config, args.overrides)  # before torch is imported: a typing error costs a second
         if args.dry_run:

@@ -13,7 +13,8 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,27 @@ def write(out: Path, seed: int, *, train: int = 640, test: int = 128) -> None:
     train, test: rows, even numbers (rows come in twins). media_path is relative to out. The folder appears whole or not
     at all. Raises ValueError where out is there already or a number is odd.
     """
-    out = Path(out).absolute()
     for name, rows in (("train", train), ("test", test)):
         if rows < 2 or rows % 2:
             raise ValueError(f"{name}={rows}: rows come in twins, expected an even number of at least 2")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already there; remove it or name another folder")
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    (unfinished / "videos").mkdir(parents=True)
-    try:
+    with whole(out) as unfinished:
+        (unfinished / "videos").mkdir()
         for name, rows, first in (("train", train, 0), ("test", test, train)):
             table = list(_rows(unfinished, random.Random(f"{name} {seed}"), range(first, first + rows)))
             (unfinished / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         write_model(unfinished / "model", seed)
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end, or is removed. Raises ValueError where out is there already."""
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: already there; remove it or name another folder")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)
@@ -203,9 +212,9 @@ TEXT: dict[str, Any] = dict(
 )
 
 
-def write_model(folder: Path, seed: int) -> None:
-    """An untrained model and its tokenizer as an ordinary Hugging Face folder, float32, from the seed alone."""
-    tokenizer = make_tokenizer()
+def write_model(folder: Path, seed: int, texts: Sequence[str] = ()) -> None:
+    """An untrained model and its tokenizer as an ordinary Hugging Face folder, float32. texts: see make_tokenizer."""
+    tokenizer = make_tokenizer(texts)
     ids = tokenizer.get_vocab()
     text = TEXT | dict(vocab_size=len(tokenizer), eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     config = LlavaOnevisionConfig(
@@ -225,7 +234,8 @@ def write_model(folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     pixels = dict(
-        image_processor_type="SiglipImageProcessor",
+        image_processor_type="LlavaOnevisionImageProcessor",
+        image_grid_pinpoints=config.image_grid_pinpoints,
         do_convert_rgb=True,
         do_resize=True,
         size=dict(height=VISION["image_size"], width=VISION["image_size"]),
@@ -249,9 +259,9 @@ def _lay_out_positions(weight: torch.Tensor) -> None:
     weight += torch.cartesian_prod(place, place) @ torch.randn(2, weight.shape[1]).mul(2)
 
 
-def make_tokenizer() -> TokenizersBackend:
-    """Byte-level BPE in which every word of the demo's prompts and answers is one token; any other text is bytes."""
-    sentences = [*QUESTIONS.values(), "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
+def make_tokenizer(texts: Sequence[str] = ()) -> TokenizersBackend:
+    """Byte-level BPE in which every word of the demo and of `texts` is one token; anything else is pieces or bytes."""
+    sentences = [*texts, *QUESTIONS.values(), "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
     for colour in COLOURS:
         for shape in SHAPES:
             event = [Event(colour=colour, shape=shape, direction=direction) for direction in DIRECTIONS]
