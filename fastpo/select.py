@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,16 @@ def select(run: Run, target: Source, out: Path, *, keep: int, reg: float = 0.05,
     """
     if out.exists():
         raise ValueError(f"{out} exists already")
+    train = one_source(run)
     feed = make_feed(run, 0, 1)
-    table, aim = feed.read(run.data.train), feed.read(target)
+    table, aim = feed.read(train), feed.read(target)
     opened = open_model(run.model, adapter, answers.device())
     keys, source = embeddings(opened, feed, table)
     if not 0 < keep <= len(keys):
-        raise ValueError(f"--keep {keep}: {run.data.train.path} has {len(keys)} usable rows")
+        raise ValueError(f"--keep {keep}: {train.path} has {len(keys)} usable rows")
     cost = row_costs(source, embeddings(opened, feed, aim)[1], reg=reg)
     chosen = sorted(cost.argsort(stable=True)[:keep].tolist())
-    given = list(rows(run.data.train.path))
+    given = list(rows(train.path))
     numbers = [int(keys[n].rpartition(":")[2]) for n in chosen]
     out.write_text("".join(json.dumps(given[n], ensure_ascii=False) + "\n" for n in numbers), encoding="utf-8")
     return len(numbers)
@@ -70,8 +72,15 @@ def row_costs(source: Tensor, target: Tensor, *, reg: float) -> Tensor:
         raise ValueError("python -m fastpo.select needs the package POT: pip install 'fastpo[select]'") from None
     cost = 1 - source @ target.T
     mass = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (source, target)]
-    plan = ot.sinkhorn(*mass, cost, reg, method="sinkhorn_log")
+    plan: Any = ot.sinkhorn(mass[0], mass[1], cost, reg, method="sinkhorn_log")
     return (plan * cost).sum(1) * len(source)
+
+
+def one_source(run: Run) -> Source:
+    """data.train. Raises ValueError where it is a mixture."""
+    if not isinstance(run.data.train, Source):
+        raise ValueError("data.train: rows are selected from one file, not from a mixture")
+    return run.data.train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     try:
         run = load(args.config, args.overrides)
-        target = Source.model_validate({**run.data.train.model_dump(), "path": args.target})
+        target = one_source(run).model_copy(update={"path": args.target})
         if args.format:
             target = Source(name=args.format, path=args.target)
         count = select(run, target, args.out, keep=args.keep, reg=args.reg, adapter=args.adapter)
