@@ -6,7 +6,7 @@ check:
 	pyright
 
 test:
-	pytest
+	pytest -n 2 --dist loadfile
 
 demo:
 	python -m fastpo.train configs/demo.yaml
