@@ -1,4 +1,4 @@
-"""Every kernel and configuration of the launch tables, compiled for GPUs that are not here."""
+"""Every kernel and configuration of the half-precision launch tables, compiled for GPUs that are not here."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ def launches(size, dtype, capability):
     }
 
 
-def compiled(kernel, size, dtype, capability, spilled=0):
+def compiled(kernel, size, dtype, capability):
     made = launches(size, dtype, capability)[kernel]
     found = cost(made.kernel, made.args, capability, num_warps=made.num_warps, num_stages=made.num_stages)
     blocks = f"{made.args['BLOCK_Q']} x {made.args['BLOCK_K']}, {made.num_warps} warps, {made.num_stages} stages"
     name = f"{kernel} sm_{capability} D={size} {dtype} [{blocks}]"
     print(f"{name}: {found.registers} registers, {found.spilled} B spilled, {found.shared} B shared")
-    assert found.spilled <= spilled, f"{name} spills {found.spilled} bytes"
+    assert found.spilled == 0, f"{name} spills {found.spilled} bytes"
     assert found.shared <= SHARED_LIMIT[capability], f"{name} wants {found.shared} bytes of shared memory"
     return found
 
@@ -42,9 +42,3 @@ def compiled(kernel, size, dtype, capability, spilled=0):
 @pytest.mark.parametrize("capability, size", launch.HALF)
 def test_half_precision(kernel, capability, size):
     assert MMA[capability] in compiled(kernel, size, torch.bfloat16, capability).ptx
-
-
-@pytest.mark.parametrize("kernel, spilled", [("forward", 0), ("d_queries", 256), ("d_keys", 0)])
-def test_full_precision(kernel, spilled):
-    """The largest head size. No tensor core, and so no claim of speed: d_queries spills 248 bytes."""
-    assert "mma.sync" not in compiled(kernel, 256, torch.float32, 80, spilled).ptx

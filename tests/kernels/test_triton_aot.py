@@ -48,13 +48,14 @@ def test_head(tma, reference):
     found = compiled(head, CAPABILITY[tma])
     assert ("wgmma" in found.ptx) == tma and ("mma.sync" in found.ptx) == (not tma)
     assert ("cp.async.bulk.tensor" in found.ptx) == tma  # the descriptor, not a loop of plain loads
-    compiled(merge, CAPABILITY[tma])
+    assert ("cp.async.cg" in found.ptx) == (not tma)
+    if reference != "shared":  # where merge is that of "own"
+        compiled(merge, CAPABILITY[tma])
 
 
 def test_figures_are_of_the_launch_that_runs():
-    """What Triton is not told about its arguments costs the copies that bypass the registers."""
+    """What Triton is not told about its arguments costs the copies that bypass the registers, which test_head sees."""
     made = launch.registers(inputs("none", extras=False), STATS, False, processors=132)[0]
-    assert "cp.async" in compiled(made, 80).ptx
     odd = made._replace(args=made.args | {"H": H - 1})
     assert "cp.async" not in cost(odd.kernel, odd.args, 80, num_warps=odd.num_warps, num_stages=odd.num_stages).ptx
 

@@ -36,10 +36,11 @@ HALF = {
     (80, 128): Configs(Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
     (80, 256): Configs(Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
     (90, 64): Configs(Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3)),
-    (90, 128): Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
-    (90, 256): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(16, 64, 8, 2)),
+    (90, 128): Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+    (90, 256): Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(16, 64, 8, 3)),
 }
-# Of fp32, whose exact products no tensor core makes: for comparisons, not for speed. d_queries spills up to 248 bytes.
+# Of fp32, whose exact products no tensor core makes: for comparisons, not for speed. d_queries spills 4 to 248
+# bytes.
 FULL = Configs(Config(16, 16, 4, 1), Config(16, 16, 8, 1), Config(16, 16, 4, 1))
 
 
