@@ -13,7 +13,8 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from fastpo.config import Generation, Plugin, Run, load
+from fastpo.config import Generation, Plugin, Run, Source, load
+from fastpo.data import formats
 from fastpo.data.loader import Feed, Table
 from fastpo.models.generate import respond
 from fastpo.models.trained import Opened
@@ -50,6 +51,23 @@ def plugins(texts: Sequence[str], option: str) -> tuple[Plugin, ...]:
         except (yaml.YAMLError, ValidationError):
             raise ValueError(f"{option}: {text!r} is neither a name nor {{name: ..., option: ...}}") from None
     return tuple(found)
+
+
+def paths(source: Source | Sequence[Source]) -> str:
+    """The data sets' names, for a message."""
+    return ", ".join(one.path for one in ([source] if isinstance(source, Source) else source))
+
+
+def source_rows(samples: Iterable[Sample]) -> dict[str, Row]:
+    """What the files hold for each sample's key, "file:row" or, of a row read again, "file:row#2"."""
+    files: dict[str, list[Row]] = {}
+    found = {}
+    for sample in samples:
+        file, _, number = sample.key.rpartition(":")
+        if file not in files:
+            files[file] = formats.rows(file)
+        found[sample.key] = files[file][int(number.partition("#")[0])]
+    return found
 
 
 def device() -> str:

@@ -50,7 +50,7 @@ def _judged(run: Run, cfg: Generation, adapter: Path | None, feed: Feed, terms: 
         _, parts = rewards.total(terms, text, sample.truth, where=sample.key)
         rows.append({"key": sample.key, "answer": text, "truth": sample.truth, **parts})
     if not rows:
-        raise ValueError(f"{run.data.eval.path}: no row could be decoded")
+        raise ValueError(f"{answers.paths(run.data.eval)}: no row could be decoded")
     return {"rows": len(rows), "metrics": means([term.name for term in terms], rows), "answers": rows}
 
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     assert run.data.eval is not None
-    print(f"{run.data.eval.path}: {found['rows']} rows")
+    print(f"{answers.paths(run.data.eval)}: {found['rows']} rows")
     metrics.table("", [{"metric": name, "mean": value} for name, value in found["metrics"].items()])
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ A row holds what the formats `perpo` (after fastpo.score) and `rollout` read, an
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import torch
 from fastpo import answers
 from fastpo.answers import Row
 from fastpo.config import Generation, Run, Source
-from fastpo.data.formats import rows
 from fastpo.data.formats.fields import MEDIA_KEYS
 from fastpo.data.loader import Feed, Table
 from fastpo.fit import make_feed
@@ -29,7 +28,14 @@ ANSWER = {"temperature": 0.75}
 
 
 def generate(
-    run: Run, cfg: Generation, source: Source, out: Path, *, adapter: Path | None, count: int, questions: bool
+    run: Run,
+    cfg: Generation,
+    source: Source | Sequence[Source],
+    out: Path,
+    *,
+    adapter: Path | None,
+    count: int,
+    questions: bool,
 ) -> int:
     """Appends a row for each row of source that `out` lacks; returns how many. Raises ValueError, BadSample."""
     feed = make_feed(run, 0, 1)
@@ -45,31 +51,28 @@ def generate(
     if questions:
         made = (_explored(opened, sample, prompt, cfg, run) for sample, prompt in prompts)
     else:
-        made = _answered(opened, source, prompts, cfg, run, count)
+        given = answers.source_rows(table.samples[n] for n in order)
+        made = (_answered(opened, sample, prompt, given[sample.key], cfg, run, count) for sample, prompt in prompts)
     return answers.append(out, answers.paced(made, len(order), "rows"))
 
 
 def _answered(
-    opened: Opened, source: Source, prompts: Iterator[tuple[Sample, Encoded]], cfg: Generation, run: Run,
-    count: int,
-) -> Iterator[Row]:  # fmt: skip
+    opened: Opened, sample: Sample, prompt: Encoded, given: Row, cfg: Generation, run: Run, count: int
+) -> Row:
     """answers_gen holds the answers that are not empty: no format takes an empty one."""
-    given = rows(source.path)
+    if sample.turns:
+        raise BadSample(f"{sample.key}: has several turns, which a row of answers cannot hold")
+    found = answers.texts(opened, prompt, cfg, count=count, seed=run.seed)
     left_out = {*MEDIA_KEYS, "image_path", "iou_scores"}
-    for sample, prompt in prompts:
-        if sample.turns:
-            raise BadSample(f"{sample.key}: has several turns, which a row of answers cannot hold")
-        source_row = given[int(sample.key.rpartition(":")[2])]
-        found = answers.texts(opened, prompt, cfg, count=count, seed=run.seed)
-        yield {
-            **{key: value for key, value in source_row.items() if value is not None and key not in left_out},
-            "key": sample.key,
-            "question": sample.question,
-            "prompt": sample.question,
-            **answers.media_row(sample, run.data.media_root),
-            **({} if sample.truth is None else {"truth": sample.truth}),
-            "answers_gen": [text for text in found if text.strip()],
-        }
+    return {
+        **{key: value for key, value in given.items() if value is not None and key not in left_out},
+        "key": sample.key,
+        "question": sample.question,
+        "prompt": sample.question,
+        **answers.media_row(sample, run.data.media_root),
+        **({} if sample.truth is None else {"truth": sample.truth}),
+        "answers_gen": [text for text in found if text.strip()],
+    }
 
 
 def _conversations(feed: Feed, table: Table) -> Table:

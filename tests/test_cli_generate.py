@@ -45,9 +45,9 @@ def test_greedy_rows_are_the_librarys_answers_and_both_formats_read_them(greedy,
     ):
         (answer,) = respond(opened.model, opened.family, opened.processor, prompt, cfg, count=1, seed=9)
         text = opened.processor.chat.tokenizer.decode(answer, skip_special_tokens=True)
-        assert row["answers_gen"] == [text, text] and row["key"] == source.key
+        assert row["answers_gen"] == [text, text] * bool(text.strip()) and row["key"] == source.key
         assert row["media_path"] == [str(source.media[0].path.relative_to(demo))]
-    named = [row | {"iou_scores": [0.5, 1.0], "truth": row["answer"]} for row in found]
+    named = [row | {"answers_gen": ["a", "b"], "iou_scores": [0.5, 1.0], "truth": row["answer"]} for row in found]
     file = greedy.with_name("scored.jsonl")
     file.write_text("".join(json.dumps(row) + "\n" for row in named))
     for name in ("perpo", "rollout"):
@@ -68,6 +68,17 @@ def test_a_stopped_command_goes_on_with_the_same_answers(demo, tmp_path, capsys)
     assert broken.read_bytes() == text and "4 new rows" in capsys.readouterr().out
     call(demo, broken, "--count", "3")
     assert broken.read_bytes() == text and "0 new rows" in capsys.readouterr().out
+
+
+def test_data_sets_that_are_mixed_keep_their_own_rows(demo, tmp_path):
+    names = ("train", "test")
+    sources = [{"name": "rrpo", "path": str(demo / f"{name}.json"), "rule": "first:2"} for name in names]
+    out = tmp_path / "mixed.jsonl"
+    call(demo, out, f"data.eval={json.dumps([sources[0], sources[1] | {'weight': 2}])}", "generation.max_tokens=1")
+    found = rows(out)
+    numbers = [[row["sample_id"] for row in json.loads((demo / f"{name}.json").read_text())[:2]] for name in names]
+    assert [row["sample_id"] for row in found] == numbers[0] + numbers[1] * 2
+    assert len({row["key"] for row in found}) == 6
 
 
 def test_rows_of_another_program_are_not_continued(demo, tmp_path, capsys):
