@@ -1,6 +1,7 @@
 import logging
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import av
@@ -326,3 +327,41 @@ def test_resize_is_siglips_processor(size):
     whole = SiglipImageProcessorPil(image_mean=mean, image_std=std)(list(frames), **options).pixel_values
     ours = (found.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(ours, whole, rtol=0, atol=4e-7)  # a few roundings of numbers up to 2
+
+
+def test_what_a_file_is_counts_and_not_its_name(tmp_path):
+    """A video called .avi is a video all the same, and as an image refused; a picture as a video is one frame of it."""
+    film = clip(tmp_path / "a.mp4")
+    for name in ("a.avi", "a.jpg", "a.gif"):
+        (tmp_path / name).write_bytes(film.read_bytes())
+    np.testing.assert_array_equal(video(tmp_path / "a.avi", 4), video(film, 4))
+    with pytest.raises(BadSample, match=r"a\.jpg: not a readable image"):
+        image(tmp_path / "a.jpg")
+    with pytest.raises(BadSample, match=r"a\.gif: not a readable image"):
+        video(tmp_path / "a.gif", 4)
+    Image.fromarray(picture(3)).save(tmp_path / "b.png")
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "b.png").read_bytes())
+    np.testing.assert_array_equal(image(tmp_path / "b.png"), image(tmp_path / "b.mp4"))
+    np.testing.assert_array_equal(video(tmp_path / "b.mp4", 2), np.stack([picture(3)] * 2))
+
+
+def test_an_animated_gif_as_an_image_is_its_first_frame(tmp_path):
+    frames = [Image.fromarray(picture(9 * k)) for k in range(5)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as gif:
+        np.testing.assert_array_equal(image(tmp_path / "a.gif"), np.asarray(gif.convert("RGB"))[None])
+
+
+def test_16_bit_colour_and_cmyk_jpegs(tmp_path):
+    """A PNG of 16 bits a channel, written by hand, keeps its high bytes."""
+    deep = (np.arange(5 * 7 * 3).reshape(5, 7, 3) * 601 % 65536).astype(">u2")
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + line.tobytes() for line in deep)
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)), chunk(b"IDAT", zlib.compress(lines))]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(image(tmp_path / "a.png")[0], deep >> 8)
+    Image.fromarray(picture(20)).convert("CMYK").save(tmp_path / "b.jpg", quality=98)
+    assert np.abs(image(tmp_path / "b.jpg")[0].astype(int) - picture(20)).mean() < 3
