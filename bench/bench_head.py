@@ -148,11 +148,13 @@ def _sums(values: Tensor, x: Tokens) -> Tensor:
 
 
 def dpo(s: Stats, x: Tokens) -> Tensor:
+    assert s.ref_logp is not None
     better, worse = _sums(s.logp - s.ref_logp, x).chunk(2)
     return -F.logsigmoid(BETA * (better - worse)).mean()
 
 
 def rrpo(s: Stats, x: Tokens) -> Tensor:
+    assert s.ref_logp is not None and s.kl is not None
     better, worse = _sums((s.logp - s.ref_logp) * x.phrase, x).chunk(2)
     penalty = s.kl.where(x.target[: x.chosen] != IGNORED, 0.0).sum() / len(better)
     return ALPHA * penalty - F.logsigmoid(BETA * (better - worse)).mean()

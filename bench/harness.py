@@ -105,7 +105,9 @@ def compare(
             row |= {"floor_ms": _round(least), "over_floor": _round(median / (passes * least))}
             row |= {"passes": round(passes, 2)} if gemm else {}
         row |= {"peak_mib": round(peak_bytes(runs[name]) / 2**20, 1)}
-        rows.append(row | {"error": {key: _round(value) for key, value in errors[name].items()}})
+        measured = errors[name]
+        assert isinstance(measured, dict)
+        rows.append(row | {"error": {key: _round(value) for key, value in measured.items()}})
     write(results, rows)
     if benchmark is not None:
         keys = ("passes", "over_floor", "peak_mib")
@@ -197,7 +199,7 @@ def gemm_passes(run: Callable[[], Any], rows: int, size: int, vocabulary: int) -
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         run()
-    products = [(e.input_shapes, *GEMMS[e.name]) for e in profile.events() if e.name in GEMMS and e.input_shapes]
+    products = [(e.input_shapes, *GEMMS[e.name]) for e in profile.events() or () if e.name in GEMMS and e.input_shapes]
     return sum(prod(shapes[a]) * shapes[b][-1] for shapes, a, b in products) / (rows * size * vocabulary)
 
 
@@ -212,7 +214,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    recorded: Any = profile.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
