@@ -18,6 +18,7 @@ from fastpo.data.loader import Feed, Table, in_order
 from fastpo.data.pack import bins, pack
 from fastpo.engine import Engine
 from fastpo.metrics import Meter, cut
+from fastpo.models.chat import Chat
 from fastpo.models.generate import respond
 from fastpo.rewards import Term
 from fastpo.sample import Encoded, MicroBatch, Sample
@@ -236,10 +237,17 @@ def _recent(path: Path) -> Tensor:
     return torch.tensor([json.loads(line)["reward"] for line in lines], dtype=torch.float64)
 
 
+def as_written(chat: Chat, answer: Tensor) -> Tensor:
+    """A sampled answer with all that ends a data set's: ChatML's line break, too, which is where a reward is read."""
+    end = torch.tensor(chat.tokenizer(chat.end, add_special_tokens=False).input_ids)
+    return torch.cat([answer, end[1:]]) if answer[-1:].tolist() == end[:1].tolist() else answer
+
+
 @torch.no_grad()
 def _learned(engine: Engine, group: Group, scorer: Scorer, feed: Feed, cfg: Rollout) -> Group:
     """Adds the reward model's number, times its weight."""
-    learned = scorer(pack([group.encoded], feed.blank).to(engine.device)).tolist()
+    answers = tuple(as_written(engine.policy.processor.chat, answer) for answer in group.encoded.responses)
+    learned = scorer(pack([replace(group.encoded, responses=answers)], feed.blank).to(engine.device)).tolist()
     scores = tuple(s + cfg.reward_model_weight * r for s, r in zip(group.encoded.scores, learned, strict=True))
     parts = tuple(p | {"model": r} for p, r in zip(group.parts, learned, strict=True))
     return replace(group, encoded=replace(group.encoded, scores=scores), parts=parts)

@@ -12,6 +12,8 @@ import torch
 from fastpo import rollout
 from fastpo.config import load
 from fastpo.fit import fit
+from fastpo.models import chat
+from fastpo.sample import Response, Sample
 from tests.test_fit import ENVIRONMENT, ROOT, adapter, rows
 
 CONFIG = """
@@ -128,3 +130,14 @@ def test_a_reward_that_raises_names_the_row_and_stops(demo, tmp_path):
 
 def test_groups_without_signal_are_dropped():
     assert rollout.has_signal((0.0, 1.0)) and not rollout.has_signal((0.5, 0.5, 0.5))
+
+
+def test_a_learned_reward_reads_a_sampled_answer_where_it_reads_one_of_a_data_set(demo):
+    talk = chat.read(demo / "model")
+    said = Sample(key="k", question="q", media=(), responses=(Response(text="The pole is red.", score=1.0),))
+    (written,) = chat.responses(talk, said).responses
+    sampled = written[: written.tolist().index(talk.end_id) + 1]
+    assert len(sampled) < len(written), "this template puts a line break behind an answer"
+    assert rollout.as_written(talk, sampled).tolist() == written.tolist()
+    for whole_or_cut in (written, written[:2], written[:0]):
+        assert rollout.as_written(talk, whole_or_cut).tolist() == whole_or_cut.tolist()
