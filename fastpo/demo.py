@@ -51,11 +51,12 @@ WARMUP = Task(
 )  # fmt: skip
 WARMUP_QUICK: Overrides = {"warmup": {"steps": 3, "lr": 1e-3, "prompts": 4}}
 SAMPLED: Overrides = {"group": 8, "generation": {"max_tokens": 3}, "rewards": [{"name": "classification"}]}
+LONGER: Overrides = {"optim": {"lr": 5e-3, "steps": 80, "warmup": 0.05}}
 ACCURACY = {"accuracy": 0.9}
 TASKS: Mapping[str, Task] = {
     "sft": Task(
         "llava", "llava", {"loss": 0.05},
-        {"loss": {"name": "sft"}, "optim": {"lr": 5e-3, "steps": 60, "warmup": 0.05}},
+        {"loss": {"name": "sft"}, **LONGER},
     ),
     "dpo": Task("dpo", "dpo", ACCURACY, {"loss": {"name": "dpo"}}),
     "rrpo": Task("rrpo", "rrpo", ACCURACY, {"loss": {"name": "rrpo", "beta": 0.1, "alpha": 0.01}}),
@@ -63,17 +64,17 @@ TASKS: Mapping[str, Task] = {
     "perpo": Task("perpo", "perpo", {"kendall tau": 0.6}, {"loss": {"name": "perpo"}}),
     "plackett_luce": Task("ranked", "ranked", ACCURACY, {"loss": {"name": "plackett_luce"}}),
     "spo": Task("spo", "spo", {**ACCURACY, "question_accuracy": 0.9}, {"loss": {"name": "spo"}}),
-    "reward_pair": Task("words", "dpo", ACCURACY, {"loss": {"name": "reward_pair"}}),
-    "reward_list": Task("ranked", "ranked", ACCURACY, {"loss": {"name": "reward_list"}}),
+    "reward_pair": Task("words", "dpo", ACCURACY, {"loss": {"name": "reward_pair"}, **LONGER}),
+    "reward_list": Task("ranked", "ranked", ACCURACY, {"loss": {"name": "reward_list"}, **LONGER}),
     "grpo": Task(
         "visual_rft", "visual_rft", {"reward": 0.9},
-        {"loss": {"name": "grpo"}, "rollout": SAMPLED, "optim": {"lr": 3e-3, "steps": 50, "warmup": 0.05}},
+        {"loss": {"name": "grpo"}, "rollout": SAMPLED},
     ),
     "ppo": Task(
         "visual_rft", "visual_rft", {"reward, in deviations": 1.0, "reward/classification": 0.8},
         {
             "loss": {"name": "ppo"},
-            "optim": {"lr": 3e-3, "steps": 80, "warmup": 0.05},
+            **LONGER,
             "rollout": {
                 **SAMPLED,
                 "advantage": "gae",
@@ -136,8 +137,7 @@ def configured(name: str, task: Task, out: Path, model: Path, *, seed: int, quic
         "data.eval": {"name": task.format, "path": train if quick or name == "sft" else test},
     }
     if name == "ppo":
-        (scorer,) = (out / "reward_pair" / "checkpoints").glob("step_*")
-        keys["rollout"] = {**keys["rollout"], "reward_model": scorer / "adapter"}
+        keys["rollout"] = {**keys["rollout"], "reward_model": out / "reward_pair"}
     return load(BASE, [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()])
 
 
