@@ -6,6 +6,7 @@ the six matrix products of scores, values and their gradients, by blocks of quer
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -186,9 +187,16 @@ def _flex(tree: Tree) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & ((segment[j] == segment[i]) | (segment[j] == above[i]))
 
-    blocks = create_block_mask(sees, None, None, tokens, tokens, device=DEVICE, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: _tokens_first(compiled, q, k, v, block_mask=blocks, enable_gqa=True)
+    @cache
+    def made() -> tuple:  # in the first call, so that a failure is a row
+        blocks = create_block_mask(sees, None, None, tokens, tokens, device=DEVICE, _compile=True)
+        return torch.compile(flex_attention, dynamic=False), blocks
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        compiled, blocks = made()
+        return _tokens_first(compiled, q, k, v, block_mask=blocks, enable_gqa=True)
+
+    return attend
 
 
 def _tokens_first(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args, **options) -> Tensor:

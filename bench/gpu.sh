@@ -9,15 +9,15 @@ python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { e
 nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
 
 failed=0
-timed() { # minutes in seconds, then a command
+timed() { # seconds, then a command
   timeout "$@"
   local code=$?
   [ "$code" -eq 124 ] && echo "out of time: $*" >&2
   [ "$code" -ne 0 ] && failed=1
 }
-timed 90 python -m pytest -q -m gpu tests
-timed 100 python -m pytest -q --benchmark-disable-gc bench/bench_attention.py bench/bench_splice.py
-timed 390 python -m pytest -q --benchmark-disable-gc bench/bench_head.py
+timed 80 python -m pytest -q -m gpu tests
+timed 150 python -m pytest -q --benchmark-disable-gc bench/bench_attention.py bench/bench_splice.py
+timed 340 python -m pytest -q --benchmark-disable-gc bench/bench_head.py
 
 for rows in bench/results/*.jsonl; do
   [ "$rows" = bench/results/cpu.jsonl ] || python bench/table.py "$rows"
