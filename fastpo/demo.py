@@ -65,7 +65,10 @@ TASKS: Mapping[str, Task] = {
     "plackett_luce": Task("ranked", "ranked", ACCURACY, {"loss": {"name": "plackett_luce"}}),
     "spo": Task("spo", "spo", {**ACCURACY, "question_accuracy": 0.9}, {"loss": {"name": "spo"}}),
     "reward_pair": Task("words", "dpo", ACCURACY, {"loss": {"name": "reward_pair"}, **LONGER}),
-    "reward_list": Task("ranked", "ranked", ACCURACY, {"loss": {"name": "reward_list"}, **LONGER}),
+    "reward_list": Task(
+        "ranked", "ranked", ACCURACY,
+        {"loss": {"name": "reward_list"}, "optim": {"lr": 3e-3, "steps": 160, "warmup": 0.05}},
+    ),
     "grpo": Task(
         "visual_rft", "visual_rft", {"reward": 0.9},
         {"loss": {"name": "grpo"}, "rollout": SAMPLED},
