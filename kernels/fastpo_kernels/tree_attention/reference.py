@@ -11,13 +11,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None) -> 
     """See tree_attention. The largest mask is [tokens of one child, tokens of its ancestors and itself]."""
     grouped = q.shape[1] != k.shape[1]
     out = [q[:0]]
+    own = [spans[-1] for spans in plan.spans]
+    # split, not x[a:b], whose backward writes a gradient of the whole row for every segment
+    parts = [dict(zip(own, x.split([b - a for a, b in own]), strict=True)) for x in (q, k, v)] if own else []
     for spans in plan.spans:
         first, stop = spans[-1]
         if first == stop:
             continue
         queries, keys, values = (
-            torch.cat([x[a:b] for a, b in part]).transpose(0, 1)[None]  # [1, heads, tokens, D]
-            for x, part in ((q, spans[-1:]), (k, spans), (v, spans))
+            torch.cat([x[span] for span in part]).transpose(0, 1)[None]  # [1, heads, tokens, D]
+            for x, part in zip(parts, (spans[-1:], spans, spans), strict=True)
         )
         mask = None if len(spans) == 1 else _bottom_right_causal(stop - first, keys.shape[2], q.device)
         attended = F.scaled_dot_product_attention(
