@@ -35,7 +35,8 @@ def listing(configs: Path = CONFIGS) -> str:
 
 def used(run: Run) -> set[tuple[str, str]]:
     """(kind of TABLES, name) of everything that a configuration names."""
-    sources = [source.name for source in (run.data.train, run.data.eval) if source is not None]
+    given = [source for source in (run.data.train, run.data.eval) if source is not None]
+    sources = [one.name for source in given for one in ((source,) if isinstance(source, Source) else source)]
     rewards: Iterable[str] = (plugin.name for plugin in run.rollout.rewards) if run.rollout else ()
     found = {"losses": [run.loss.name], "formats": sources, "families": [run.model.family], "rewards": rewards}
     return {(kind, name) for kind, names in found.items() for name in names}
