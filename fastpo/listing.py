@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpo.config import Run, load
+from fastpo.config import Run, Source, load
 from fastpo.data.formats import DATASETS
 from fastpo.models import FAMILIES
 from fastpo.rewards import REWARDS
