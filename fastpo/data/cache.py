@@ -97,5 +97,5 @@ def clear(folder: Path, limit: int) -> None:
 def _crc(tensors: Mapping[str, Tensor]) -> int:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()), total)
+        total = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes(), total)
     return total
