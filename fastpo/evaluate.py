@@ -66,7 +66,7 @@ def means(names: Sequence[str], rows: Sequence[Found]) -> dict[str, float]:
 def _preferred(run: Run, adapter: Path | None, feed: Feed) -> Found:
     """Means of the run's loss and its metrics over packed rows."""
     assert run.data.eval is not None
-    objective = resolve({**losses.LOSSES, "grpo": losses.grpo}, run.loss, key="loss")
+    objective = resolve(losses.LOSSES, run.loss, key="loss")
     needs = losses.needs(objective)
     if needs & set(losses.ROLLOUT):
         raise ValueError(f"loss.name: {run.loss.name} learns from sampled answers: name rewards with --metric")

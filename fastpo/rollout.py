@@ -220,7 +220,7 @@ def write(path: Path, step: int, groups: Sequence[Group]) -> None:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     if dist.get_rank() == 0:
-        answers = [row for rank in found for row in rank]
+        answers = sorted((row for rank in found for row in rank), key=lambda row: row["key"])  # whatever the ranks
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
         if answers:

@@ -21,6 +21,7 @@ class Chat:
     end: str  # what the chat template puts after an answer
     typed: bool = False  # the template takes lists of {"type": "text", ...}, not strings
     asks: str = ""  # what it puts between an answer, ended, and the next question
+    asks_itself: str = ""  # the same where the model asks
     asked: str = ""  # after a question, at its end
     answers: str = ""  # between a question, ended, and its answer
 
@@ -57,12 +58,14 @@ def read(folder: Path, question_role: str = "user") -> Chat:
             between = _between(tokenizer, typed)
             visible = bool(end.strip())
             asked = end if visible and between[1].startswith(end) else ""
+            asks = between[0].removeprefix(end) if visible else between[0]
             return Chat(
                 tokenizer=tokenizer,
                 tagger=phrases.tagger(tokenizer),
                 end=end if visible else str(tokenizer.eos_token),
                 typed=typed,
-                asks=(between[0].removeprefix(end) if visible else between[0]).replace("user", question_role),
+                asks=asks,
+                asks_itself=asks.replace("user", question_role),
                 asked=asked,
                 answers=between[1].removeprefix(asked),
             )
@@ -99,7 +102,8 @@ def responses(chat: Chat, sample: Sample) -> Responses:
             raise BadSample(f"{sample.key}: response {n} is a {response.role} turn and so is what it continues")
         ids, trained = [], []
         for turn in (Turn(role=response.role, text=response.text, trained=True), *response.turns):
-            header = _ids(chat, chat.asks) if turn.role == "user" else []
+            asking = chat.asks_itself if turn.trained else chat.asks
+            header = _ids(chat, asking) if turn.role == "user" else []
             body = _ids(chat, turn.text + (chat.asked if turn.role == "user" else chat.end))
             tail = _ids(chat, chat.answers) if turn.role == "user" else []
             ids += header + body + tail

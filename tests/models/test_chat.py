@@ -101,5 +101,18 @@ def test_two_turns_of_one_speaker_are_refused(tmp_path):
         chat.responses(found, sample)
 
 
-def test_the_role_that_asks_can_be_named(tmp_path):
-    assert "vuser" in chat.read(made(tmp_path, tiny_families.CHATML, starts=False), "vuser").asks
+def test_the_role_that_asks_can_be_named_and_is_the_models_alone(tmp_path):
+    found = chat.read(made(tmp_path, tiny_families.CHATML, starts=False), "vuser")
+    turns = (
+        Turn(role="user", text="Own?", trained=True),
+        Turn(role="assistant", text="So.", trained=True),
+        Turn(role="user", text="Theirs?"),
+        Turn(role="assistant", text="Yes.", trained=True),
+    )
+    context = (Turn(role="assistant", text="Hm."), Turn(role="user", text="And?"))
+    responses = (Response(text="A.", score=1, turns=turns),)
+    sample = Sample(key="a:0", question="Why?", media=(), responses=responses, turns=context)
+    decode = found.tokenizer.decode
+    assert "vuser" not in decode(chat.prompt_ids(found, "Why?", sample))
+    (whole,) = chat.responses(found, sample).responses
+    assert "vuser Own?" in decode(whole) and "<|im_start|>user Theirs?" in decode(whole)
