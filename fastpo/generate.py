@@ -94,7 +94,7 @@ def _explored(opened: Opened, sample: Sample, prompt: Encoded, cfg: Generation, 
     chat = processor.chat
     header, mark, between = (
         torch.tensor(chat.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
-        for text in (chat.asks, chat.asked, chat.answers)
+        for text in (chat.asks_itself, chat.asked, chat.answers)
     )
     if not len(mark):
         raise ValueError(f"model.path: {run.model.path}: its chat template does not mark where a question ends")

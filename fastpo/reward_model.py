@@ -1,4 +1,4 @@
-"""A trained reward model (the loss `reward`) that scores sampled answers."""
+"""A trained reward model (the losses reward_pair and reward_list) that scores sampled answers."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastpo.config import Run
-from fastpo.models import FAMILIES
 from fastpo.models.files import VALUE_HEAD
 from fastpo.models.policy import Policy
+from fastpo.models.trained import open_model
 from fastpo.rollout import Scorer
 from fastpo.sample import MicroBatch
 
@@ -24,17 +24,12 @@ def load(run: Run, device: str) -> Scorer:
     folder = _newest(Path(run.rollout.reward_model))
     if not (folder / VALUE_HEAD).is_file():
         raise ValueError(f"rollout.reward_model: {folder} is no reward model (no {VALUE_HEAD})")
-    family = FAMILIES[run.model.family]
-    is_adapter = (folder / "adapter_config.json").is_file()
-    model = family.load(run.model if is_adapter else run.model.model_copy(update={"path": str(folder)}))
-    if is_adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, folder)
-    policy = Policy(model, family, family.processor(run.model), mode="none", stats=frozenset({"reward"}))
+    model, family, processor = open_model(run.model, folder, device)
+    policy = Policy(model, family, processor, mode="none", stats=frozenset({"reward"}))
     assert policy.value_head is not None
     policy.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
-    policy.to(device, dtype=getattr(torch, run.model.dtype)).requires_grad_(False).eval()
+    policy.value_head.to(device, dtype=getattr(torch, run.model.dtype))  # not all of policy: rotary tables stay fp32
+    policy.requires_grad_(False).eval()
 
     def score(batch: MicroBatch) -> Tensor:
         found = policy(batch).reward
