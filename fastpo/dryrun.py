@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,13 @@ import yaml
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from fastpo import metrics
-from fastpo.config import Run
+from fastpo import metrics, rollout
+from fastpo.config import Rollout, Run
 from fastpo.data import loader
-from fastpo.fit import kept_responses, make_data, make_feed, total_steps
+from fastpo.fit import check_rollout, kept_responses, make_data, make_feed, total_steps
 from fastpo.models import FAMILIES, trainable
+from fastpo.plugins import resolve
+from fastpo_kernels import losses
 
 GIB = 2**30
 
@@ -21,9 +24,13 @@ GIB = 2**30
 def report(run: Run) -> None:
     """Prints the report. Raises ValueError for what a real run would refuse before its first step."""
     make_data(run)
+    check_rollout(run, losses.needs(resolve(losses.LOSSES, run.loss, key="loss")))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     feed = make_feed(run, rank=0, ranks=ranks)
     table = feed.read(run.data.train, keep=kept_responses(run))
+    if run.rollout:
+        rollout.check(run, table)
+        table = longest_answers(table, run.rollout)
     total = total_steps(run, len(table))
     steps = min(total, -(-len(table) // run.batch.prompts))
     chosen = [loader.step_samples(len(table), s, prompts=run.batch.prompts, seed=run.seed) for s in range(steps)]
@@ -52,6 +59,12 @@ def report(run: Run) -> None:
     metrics.table(
         "memory per rank, estimated", [{"what": k, "GiB": v / GIB} for k, v in memory(run, max(filled), ranks).items()]
     )
+
+
+def longest_answers(table: loader.Table, cfg: Rollout) -> loader.Table:
+    """The table with `group` answers of `generation.max_tokens` to each prompt: the most that will be packed."""
+    answers = (torch.zeros(cfg.generation.max_tokens, dtype=torch.int64),) * cfg.group
+    return replace(table, encoded=[replace(e, responses=answers) for e in table.encoded])
 
 
 def balance(table: loader.Table, plans: list[list[list[list[int]]]], patch_cost: float) -> float:

@@ -91,7 +91,7 @@ def _preferred(run: Run, adapter: Path | None, feed: Feed) -> Found:
 
 def _policy(run: Run, opened: Opened, adapter: Path | None, needs: frozenset[str], device: str) -> Policy:
     """The reference is model.path without the adapter, whatever the run's reference.mode; "none" stays none."""
-    mode = run.reference.mode if needs & {"ref_logp", "kl"} else "none"
+    mode = run.reference.mode if needs & set(losses.REFERENCE) else "none"
     if mode != "none" and adapter is None:
         raise ValueError(
             f"loss.name: {run.loss.name} compares with a reference, which is model.path: name what was trained with "

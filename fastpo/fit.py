@@ -58,7 +58,7 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     resume = checkpoint.latest(run)
     if rank == 0:
         _write_run_yaml(run)
-        _list_skipped(run, [*table.skipped, *(held_out.skipped if held_out else [])])
+        metrics.list_skipped(run.out, [*table.skipped, *(held_out.skipped if held_out else [])])
 
     engine = Engine(run, make_policy(run, losses.needs(objective), device), total)
     scorer = reward_model.load(run, device) if run.rollout and run.rollout.reward_model else None
@@ -170,8 +170,12 @@ def picture_facts(run: Run) -> str:
 
 def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
     """Loads the model, freezes and adapts it. Raises ValueError where the reference mode does not fit the loss."""
-    if run.reference.mode == "none" and "kl" in stats:
+    if run.reference.mode == "none" and stats & {"kl", "reverse_kl"}:
         raise ValueError(f"reference.mode: none, but the loss {run.loss.name} needs a reference")
+    if run.reference.mode == "cache" and "reverse_kl" in stats:
+        raise ValueError(
+            "reference.mode: cache keeps hidden states of the better responses only; reverse_kl needs all: use copy"
+        )
     if run.reference.mode == "cache" and "kl" in stats and run.model.train_head:
         raise ValueError(
             "reference.mode: cache keeps hidden states, not the head; use copy with model.train_head: true"
@@ -180,7 +184,7 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
     alive = sharded_loading(run)  # transformers holds only a weak reference
     model = family.load(run.model)
     trainable.apply_liger(model.model.language_model, run.model, device)
-    copy = family.load(run.model) if run.reference.mode == "copy" and "ref_logp" in stats else None
+    copy = family.load(run.model) if run.reference.mode == "copy" and stats & set(losses.REFERENCE) else None
     if run.model.mlp_tile is not None:
         for made in filter(None, (model, copy)):
             tile_mlp(made.model.language_model, run.model.mlp_tile)
@@ -207,7 +211,7 @@ def check_rollout(run: Run, needed: frozenset[str]) -> None:
         raise ValueError(f"loss.name: {run.loss.name} learns from sampled answers: add a rollout section")
     if run.rollout and not sampled:
         raise ValueError(f"rollout: the loss {run.loss.name} reads the answers of the data set, not sampled ones")
-    if run.rollout and ("returns" in needed) != (run.rollout.advantage == "gae"):
+    if run.rollout and bool(needed & {"old_value", "returns"}) != (run.rollout.advantage == "gae"):
         raise ValueError(f"rollout.advantage: {run.rollout.advantage} does not go with the loss {run.loss.name}")
     if run.rollout and run.reference.mode == "cache":
         raise ValueError("reference.mode: cache holds a data set's answers, not sampled ones; use copy or adapter_off")
@@ -246,14 +250,8 @@ def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) 
 
 def _ready(run: Run, rows: Iterable[list[MicroBatch]], attach: Attach) -> Iterator[list[MicroBatch]]:
     for window in rows:
-        _list_skipped(run, [row for batch in window for row in batch.skipped])
+        metrics.list_skipped(run.out, [row for batch in window for row in batch.skipped])
         yield [attach(batch) for batch in window]
-
-
-def _list_skipped(run: Run, rows: list[tuple[str, str]]) -> None:
-    if rows:
-        with (run.out / "skipped.jsonl").open("a") as file:
-            file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rows)
 
 
 def _write_run_yaml(run: Run) -> None:

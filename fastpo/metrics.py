@@ -158,6 +158,13 @@ def cut(path: Path, step: int) -> None:
     os.replace(whole, path)
 
 
+def list_skipped(out: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Appends (key, reason) of samples left out to out/skipped.jsonl."""
+    if rows:
+        with (out / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rows)
+
+
 def table(title: str, rows: Sequence[Mapping[str, object]], console: Console | None = None) -> None:
     """Prints rows with the same keys; the keys of the first are the columns. Floats get four digits."""
     grid = Table(title=title, title_justify="left")

@@ -17,7 +17,7 @@ from fastpo.config import Generation, Rollout, Run
 from fastpo.data.loader import Feed, Table, in_order
 from fastpo.data.pack import bins, pack
 from fastpo.engine import Engine
-from fastpo.metrics import Meter, cut
+from fastpo.metrics import Meter, cut, list_skipped
 from fastpo.models.chat import Chat
 from fastpo.models.generate import respond
 from fastpo.rewards import Term
@@ -75,7 +75,8 @@ def windows(
         cut(log, start - 1)
     dist.barrier()
     recent = _recent(log)
-    for number, (prompts, _) in enumerate(feed.prompts(table, order[:: cfg.updates])):
+    for number, (prompts, skipped) in enumerate(feed.prompts(table, order[:: cfg.updates])):
+        list_skipped(run.out, skipped)
         step = start + number * cfg.updates
         answers = generate(engine, prompts, cfg.generation, cfg.group, f"{run.seed}/{step}")
         groups = [judge(engine, p, a, samples[p.key], rules) for p, a in zip(prompts, answers, strict=True)]
@@ -115,7 +116,8 @@ def mean_rewards(engine: Engine, feed: Feed, table: Table, run: Run, scorer: Sco
     rules = rewards.terms(cfg.rewards, key="rollout.rewards")
     samples = {sample.key: sample for sample in table.samples}
     meter = Meter(names(cfg), engine.device)
-    for prompts, _ in feed.prompts(table, in_order(len(table), run.batch.prompts)):
+    for prompts, skipped in feed.prompts(table, in_order(len(table), run.batch.prompts)):
+        list_skipped(run.out, skipped)
         answers = generate(engine, prompts, greedy, 1, "eval")
         groups = [judge(engine, p, a, samples[p.key], rules) for p, a in zip(prompts, answers, strict=True)]
         if scorer is not None:

@@ -128,6 +128,19 @@ def test_a_reward_that_raises_names_the_row_and_stops(demo, tmp_path):
         fit(load(config(demo, tmp_path / "out"), ["rollout.rewards=[{name: numeric}]"]))
 
 
+def test_a_clip_that_cannot_be_decoded_is_left_out_and_listed(demo, tmp_path):
+    file = config(demo, tmp_path / "out")
+    table = json.loads((tmp_path / "prompts.json").read_text())
+    whole = (demo / table[2]["video"]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    rows_of = [{**row, "video": str(demo / row["video"])} for row in table]
+    (tmp_path / "prompts.json").write_text(json.dumps([*rows_of[:2], {**table[2], "video": str(tmp_path / "cut.mp4")}]))
+    fit(load(file, ["data.on_bad_sample=skip", "optim.steps=2", "data.media_root=/"]))
+    skipped = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in skipped] == [f"{tmp_path / 'prompts.json'}:2"] and "cut.mp4" in skipped[0]["reason"]
+    assert {row["key"][-2:] for row in answers(tmp_path / "out")} == {":0", ":1"}
+
+
 def test_groups_without_signal_are_dropped():
     assert rollout.has_signal((0.0, 1.0)) and not rollout.has_signal((0.5, 0.5, 0.5))
 

@@ -106,7 +106,8 @@ class Feed:
 
     def prompts(self, table: Table, steps: Sequence[Sequence[int]]) -> Iterator[tuple[list[Encoded], Skipped]]:
         """For each step this rank's share of its samples, decoded, for rollouts."""
-        shares = [spread([table.encoded[n].tokens for n in chosen], self.ranks)[self.rank] for chosen in steps]
+        work = [e.tokens + self.batch.patch_cost * e.patches for e in table.encoded]
+        shares = [spread([work[n] for n in chosen], self.ranks)[self.rank] for chosen in steps]
         rows = [[chosen[i] for i in share] for chosen, share in zip(steps, shares, strict=True)]
         yield from self._decoded(table, rows, _unpacked)
 

@@ -20,9 +20,15 @@ class StatsHead(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, hidden: Tensor, target: Tensor, ref_hidden: Tensor | None = None, kl_rows: Tensor | None = None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        ref_hidden: Tensor | None = None,
+        kl_rows: Tensor | None = None,
+        reverse_kl: bool = False,
     ) -> TokenStats:
-        """hidden, ref_hidden: [N, H]; target: [N] int64; kl_rows: [N] bool. Returns [N] statistics."""
+        """hidden, ref_hidden: [N, H]; target: [N] int64; kl_rows: [N] bool; reverse_kl: of all rows. Returns [N]
+        statistics."""
         return token_stats(
             hidden,
             self.weight,
@@ -30,6 +36,7 @@ class StatsHead(nn.Module):
             ref_hidden=ref_hidden,
             ref_weight=None if ref_hidden is None else self.ref_weight,
             kl_rows=kl_rows,
+            reverse_kl_rows=reverse_kl,
             bias=self.bias,
             backend=self.backend,
             temperature=self.temperature,

@@ -12,7 +12,7 @@ from fastpo.models.head import StatsHead
 from fastpo.models.trainable import part_of
 from fastpo.models.vision import chunk_frames
 from fastpo.sample import MicroBatch
-from fastpo_kernels import TokenStats
+from fastpo_kernels import TokenStats, losses
 
 
 class Valued(NamedTuple):
@@ -50,7 +50,7 @@ class Policy(nn.Module):
         self.model = model
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
         self.family, self.processor = family, processor
-        self.mode = mode if stats & {"ref_logp", "kl"} else "none"
+        self.mode = mode if stats & set(losses.REFERENCE) else "none"
         self.stats = stats
         self.frames_per_chunk = frames_per_chunk
         self.wants_kl = "kl" in stats
@@ -89,8 +89,9 @@ class Policy(nn.Module):
             return self.head(hidden, batch.target).logp, hidden
         if self.mode == "cache" and self.wants_kl and not batch.keys:
             ref_hidden = hidden.detach()  # no rows: a micro-batch that only keeps this rank in step
-        if self.stats & {"logp", "ref_logp", "kl", "entropy"}:
-            stats = self.head(hidden, batch.target, ref_hidden, batch.better if self.wants_kl else None)
+        if self.stats & set(TokenStats._fields):
+            kl_rows = batch.better if self.wants_kl else None
+            stats = self.head(hidden, batch.target, ref_hidden, kl_rows, "reverse_kl" in self.stats)
         else:  # a reward model has no use for the vocabulary
             stats = TokenStats(hidden.new_zeros(len(hidden), dtype=torch.float32))
         if batch.ref_logp is not None:

@@ -10,7 +10,7 @@ from fastpo.config import Lora, Model
 from fastpo.data.pack import pack
 from fastpo.models import llava_video, trainable
 from fastpo.models.policy import Policy
-from fastpo_kernels import losses
+from fastpo_kernels import LossOut, losses
 from tests import tiny
 from tests.models.test_llava_video import relative, separate
 
@@ -97,6 +97,27 @@ def test_full_fine_tuning_of_every_part_with_a_frozen_copy(samples):
     assert relative(step(policy, samples), want.detach()) < 1e-5
     check_gradients(packed, plain)
     assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+
+
+def stay_close(logp, reverse_kl, seg):
+    """A user's loss that reads KL(policy || reference) of every token and nothing else of the reference."""
+    return LossOut(losses=reverse_kl - 0 * logp, unit="token", metrics={})
+
+
+def test_a_users_loss_of_the_reverse_kl_reads_all_tokens(samples):
+    model = trainable.prepare(tiny.model(packed=True), llava_video.parts, Model(path="", lora=Lora(r=4, alpha=8)))
+    plain = trainable.prepare(tiny.model(packed=False), llava_video.parts, Model(path="", lora=Lora(r=4, alpha=8)))
+    for one in (model, plain):
+        disturb(one, torch.Generator().manual_seed(6))
+    policy = Policy(model, llava_video, tiny.processor(), mode="adapter_off", stats=losses.needs(stay_close)).eval()
+    batch = pack(samples, tiny.blank())
+    with torch.no_grad():
+        stats = policy(batch)
+        found = stay_close(stats.logp, stats.reverse_kl, batch.segments).losses
+        p = torch.cat([r for s in samples for r in separate(plain.get_base_model(), s)[1]])
+        with plain.disable_adapter():
+            q = torch.cat([r for s in samples for r in separate(plain.get_base_model(), s)[1]])
+    assert relative(found, (p.exp() * (p - q)).sum(-1)) < 1e-4  # of differences of numbers near 6
 
 
 def check_gradients(packed, plain):

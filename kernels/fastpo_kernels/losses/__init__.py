@@ -21,6 +21,7 @@ from fastpo_kernels.types import LossOut, TokenStats
 
 __all__ = [
     "LOSSES",
+    "REFERENCE",
     "ROLLOUT",
     "VALUE",
     "actor_critic",
@@ -43,6 +44,7 @@ __all__ = [
     "whiten",
 ]
 
+REFERENCE = ("ref_logp", "kl", "reverse_kl")  # what takes a second model
 VALUE = ("value", "reward")  # of a value head: [N] at the states that predict each token, [S] at responses' last tokens
 # what a loss may read of a rollout: [N], but for grpo's advantage [S]
 ROLLOUT = ("old_logp", "advantage", "old_value", "returns")
