@@ -1,4 +1,4 @@
-"""Head and loss, forward and backward: DPO and RRPO with a shared frozen head, GRPO, and SFT with a trained head.
+"""Head and loss, forward and backward: DPO, RRPO, PerPO with a shared frozen head, GRPO, and SFT with a trained head.
 
 Every provider gets the states of all positions ("raw") and of the supervised ones alone ("compact"). The loss on N
 numbers is the same plain code for all but the fused functions (fastpo raw, Liger DPO and GRPO), which bring their own.
@@ -15,9 +15,10 @@ from torch import Tensor
 from bench import harness, peers
 from bench.harness import CUDA, DEVICE, Outputs, Variant
 from bench.peers import IGNORED, Provider, Stats, Tokens
-from fastpo_kernels import folded_logp, fused_dpo, fused_grpo, fused_logp, fused_rrpo
+from fastpo_kernels import folded_logp, fused_dpo, fused_grpo, fused_logp, fused_perpo, fused_rrpo
 
-BETA, ALPHA, EPSILON = 0.1, 0.01, 0.2
+BETA, ALPHA, EPSILON, GAMMA = 0.1, 0.01, 0.2, 0.5
+LIST = 4  # responses of a prompt in PerPO
 
 
 class Case(NamedTuple):
@@ -42,7 +43,7 @@ GPU = [
     *(Case("rrpo", 4, 4096, 0.1, *size, BF16, size[0] == 3584) for size in QWEN),
     *(Case("dpo", 4, 1024, 1.0, *size, BF16, False) for size in QWEN),
     *(Case("sft", 4, 4096, share, *size, BF16, False) for size in QWEN[:3:2] for share in (0.1, 1.0)),
-    *(Case("grpo", 8, 2048, 0.1, *size, BF16, False) for size in QWEN[:3]),
+    *(Case(loss, 8, 2048, 0.1, *size, BF16, False) for size in QWEN[:3] for loss in ("grpo", "perpo")),
     *(Case("dpo", 4, 4096, 1.0, *size, BF16, False) for size in QWEN),
     *(Case("rrpo", 4, 4096, 1.0, *size, BF16, False) for size in QWEN[:3:2]),
     *(Case("dpo", 4, 16384, 0.01, *size, BF16, False) for size in QWEN[:3]),
@@ -52,6 +53,7 @@ GPU = [
 CPU = [
     *(Case(loss, 4, 64, 1 / 3, 256, 16384) for loss in ("dpo", "rrpo")),
     *(Case(loss, 4, 64, 1 / 3, 256, 16384, compiled=False) for loss in ("grpo", "sft")),
+    Case("perpo", 8, 32, 1 / 3, 256, 16384),
     Case("dpo", 4, 32, 1 / 3, 128, 16384, BF16, False),
 ]
 
@@ -116,6 +118,7 @@ def _batch(case: Case) -> Tokens:
         phrase=phrase.flatten().to(DEVICE),
         owner=torch.arange(rows, device=DEVICE).repeat_interleave(length),
         advantages=torch.linspace(-0.5, 1.0, rows, device=DEVICE),
+        scores=randn(rows).view(-1, min(LIST, rows)),
         chosen=rows // 2 * length,
     )
     if case.loss != "grpo":
@@ -160,6 +163,15 @@ def rrpo(s: Stats, x: Tokens) -> Tensor:
     return ALPHA * penalty - F.logsigmoid(BETA * (better - worse)).mean()
 
 
+def perpo(s: Stats, x: Tokens) -> Tensor:
+    """All ordered pairs of a prompt at once; those whose first response is not the better one weigh nothing."""
+    assert s.ref_logp is not None
+    reward = BETA * _sums(s.logp - s.ref_logp, x).view(x.scores.shape)
+    gap = (x.scores[:, :, None] - x.scores[:, None]).clamp(min=0.0) ** GAMMA
+    losses = -F.logsigmoid(reward[:, :, None] - reward[:, None])
+    return ((gap * losses).sum((1, 2)) / gap.sum((1, 2))).mean()
+
+
 def grpo(s: Stats, x: Tokens) -> Tensor:
     ratio, a = (s.logp - x.old_logp).exp(), x.advantages[x.owner]
     value = -torch.minimum(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a)
@@ -170,7 +182,8 @@ def sft(s: Stats, x: Tokens) -> Tensor:
     return -_sums(s.logp, x).sum() / (x.target != IGNORED).sum()
 
 
-LOSSES: dict[str, Callable[[Stats, Tokens], Tensor]] = {"dpo": dpo, "rrpo": rrpo, "grpo": grpo, "sft": sft}
+Loss = Callable[[Stats, Tokens], Tensor]
+LOSSES: dict[str, Loss] = {"dpo": dpo, "rrpo": rrpo, "perpo": perpo, "grpo": grpo, "sft": sft}
 
 
 def _exact(case: Case) -> Outputs:
@@ -232,6 +245,9 @@ def _fused(case: Case, x: Tokens, backend: str) -> Tensor:
         mask = F.pad(x.phrase.view(rows, -1)[:, :-1], (1, 0))
         options = {"phrase_mask": mask, "ref_hidden": ref_hidden, "beta": BETA, "alpha": ALPHA, "backend": backend}
         return fused_rrpo(hidden, x.weight, labels, **options)[0]
+    if case.loss == "perpo":
+        options = {"scores": x.scores, "ref_hidden": ref_hidden, "beta": BETA, "gamma": GAMMA, "backend": backend}
+        return fused_perpo(hidden, x.weight, labels, **options)[0]
     if case.loss == "grpo":
         old = x.old_logp.view(rows, -1)[:, :-1]
         options = {"epsilon_low": EPSILON, "epsilon_high": EPSILON, "backend": backend}
@@ -249,8 +265,9 @@ def _liger(case: Case, raw: Tokens, at: Tensor) -> dict[str, Variant | str]:
     """Liger's chunked losses take padded batches: raw, and with the columns before the answers cut off."""
     if case.loss == "sft":
         return {}
-    if case.loss == "rrpo":
-        return {"Liger": "has no loss with phrases and a KL to a reference; its DPO is a row of dpo"}
+    if case.loss not in peers.LIGER:
+        lacks = {"rrpo": "with phrases and a KL to a reference", "perpo": "of lists with scores"}
+        return {"Liger": f"has no loss {lacks[case.loss]}; its DPO is a row of dpo"}
     rows, length, labelled = case.rows, case.positions, (raw.target != IGNORED).view(case.rows, -1)
     columns = labelled.any(0).nonzero()[:, 0]
     first, last = int(columns[0]), int(columns[-1]) + 1

@@ -11,10 +11,11 @@ from torch import Tensor
 from fastpo_kernels import token_stats
 
 IGNORED = -100
+REFERENCED = ("dpo", "rrpo", "perpo")  # losses with a reference
 
 
 class Tokens(NamedTuple):
-    """The states of n positions, responses one after the other, all chosen ones first; target -100 is ignored."""
+    """The states of n positions, response by response; in pairs all chosen ones come first. Target -100 is ignored."""
 
     hidden: Tensor  # [n, H]
     weight: Tensor  # [V, H], also the reference's
@@ -24,6 +25,7 @@ class Tokens(NamedTuple):
     phrase: Tensor  # [n] 0 or 1
     owner: Tensor  # [n] response of each position
     advantages: Tensor  # [S]
+    scores: Tensor  # [P, N] of the responses of each prompt, which follow one another
     chosen: int  # positions of chosen responses: [:chosen]
 
 
@@ -44,7 +46,7 @@ def eager_logp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def eager(x: Tokens, loss: str) -> Stats:
     """Whole logits, as a trainer without kernels has them."""
     log_p = (x.hidden @ x.weight.t()).to(_wide(x.hidden)).log_softmax(-1)
-    if loss not in ("dpo", "rrpo"):
+    if loss not in REFERENCED:
         return Stats(_pick(log_p, x.target))
     with torch.no_grad():
         log_q = (x.ref_hidden @ x.weight.t()).to(_wide(x.hidden)).log_softmax(-1)
@@ -57,7 +59,7 @@ def eager(x: Tokens, loss: str) -> Stats:
 
 def of_logp(logp: Logp) -> Provider:
     def stats(x: Tokens, loss: str) -> Stats:
-        if loss != "dpo":
+        if loss not in REFERENCED:
             return Stats(logp(x.hidden, x.weight, x.target))
         with torch.no_grad():
             reference = logp(x.ref_hidden, x.weight, x.target)
@@ -77,7 +79,7 @@ def trl(x: Tokens, loss: str) -> Stats:
     """For RRPO its two functions one after the other: that is what TRL has."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    stats = of_logp(trl_logp)(x, "dpo" if loss == "rrpo" else loss)
+    stats = of_logp(trl_logp)(x, loss)
     if loss != "rrpo":
         return stats
     rows = slice(x.chosen)
@@ -85,7 +87,7 @@ def trl(x: Tokens, loss: str) -> Stats:
     return stats._replace(kl=kl)
 
 
-def lce_options(weight: Tensor) -> torch.nn.LinearCrossEntropyOptions:
+def lce_options(weight: Tensor) -> "torch.nn.LinearCrossEntropyOptions":
     """Chunks of about 256 MB of fp32 logits; its own choice of rows is for N >= H, and up to 25 times slower below."""
     rows = 1 << ((1 << 26) // len(weight)).bit_length() - 1
     return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(rows, 64), chunking_method=None)
@@ -141,7 +143,7 @@ def providers(loss: str, trains_head: bool, device: torch.device) -> dict[str, P
 
 def fastpo(backend: str) -> Provider:
     def stats(x: Tokens, loss: str) -> Stats:
-        if loss not in ("dpo", "rrpo"):
+        if loss not in REFERENCED:
             return Stats(token_stats(x.hidden, x.weight, x.target, backend=backend).logp)
         kl_rows = torch.arange(len(x.hidden)) < x.chosen if loss == "rrpo" else None
         out = token_stats(x.hidden, x.weight, x.target, ref_hidden=x.ref_hidden, kl_rows=kl_rows, backend=backend)
