@@ -87,7 +87,9 @@ def prompts(feed: Feed, table: Table, order: Sequence[int]) -> Iterator[tuple[Sa
 def texts(opened: Opened, prompt: Encoded, cfg: Generation, *, count: int, seed: int) -> tuple[str, ...]:
     """`count` answers. The random numbers follow from seed, the file's name and the row alone."""
     drawn = row_seed(seed, prompt.key)
-    found = respond(opened.core, opened.family, opened.processor, prompt, cfg, count=count, seed=drawn)
+    found = respond(
+        opened.core, opened.family, opened.processor, prompt, cfg, count=count, seed=drawn, chunk=opened.chunk
+    )
     return tuple(decoded(opened, answer) for answer in found)
 
 

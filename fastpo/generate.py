@@ -99,7 +99,7 @@ def _explored(opened: Opened, sample: Sample, prompt: Encoded, cfg: Generation, 
     if not len(mark):
         raise ValueError(f"model.path: {run.model.path}: its chat template does not mark where a question ends")
     end, seed = int(mark[0]), answers.row_seed(run.seed, sample.key)
-    cache = prefilled(model, family, processor, prompt)
+    cache = prefilled(model, family, processor, prompt, chunk=opened.chunk)
     asking = extended(prompt, header)
     free = cfg.model_copy(update=QUESTION)
     calm = cfg.model_copy(update={"top_k": 0, "top_p": 1.0, **ANSWER})

@@ -137,7 +137,9 @@ def answerer(
         sample = Sample(key=where, question=question, media=media, responses=())
         prompt = opened.family.encode(opened.processor, sample, sampling)
         prompt = replace(prompt, pixels=opened.family.pixels(opened.processor, sample, sampling))
-        (ids,) = respond(opened.core, opened.family, opened.processor, prompt, greedy, count=1, seed=0)
+        (ids,) = respond(
+            opened.core, opened.family, opened.processor, prompt, greedy, count=1, seed=0, chunk=opened.chunk
+        )
         attention, logits = attention_and_logits(opened, prompt, ids, layer)
         return mia.Answer(
             text=chat.tokenizer.decode(ids, skip_special_tokens=True),

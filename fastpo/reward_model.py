@@ -24,8 +24,8 @@ def load(run: Run, device: str) -> Scorer:
     folder = _newest(Path(run.rollout.reward_model))
     if not (folder / VALUE_HEAD).is_file():
         raise ValueError(f"rollout.reward_model: {folder} is no reward model (no {VALUE_HEAD})")
-    model, family, processor = open_model(run.model, folder, device)
-    policy = Policy(model, family, processor, mode="none", stats=frozenset({"reward"}))
+    model, family, processor, chunk = open_model(run.model, folder, device)
+    policy = Policy(model, family, processor, mode="none", stats=frozenset({"reward"}), frames_per_chunk=chunk)
     assert policy.value_head is not None
     policy.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
     policy.value_head.to(device, dtype=getattr(torch, run.model.dtype))  # not all of policy: rotary tables stay fp32

@@ -135,7 +135,7 @@ def generate(
     with engine.whole():
         found = [
             respond(
-                policy.core, policy.family, policy.processor, prompt, cfg, count=count,
+                policy.core, policy.family, policy.processor, prompt, cfg, count=count, chunk=policy.frames_per_chunk,
                 seed=random.Random(f"{seed}/{Path(prompt.key).name}").getrandbits(63),
             )
             for prompt in prompts

@@ -114,7 +114,7 @@ def test_questions_and_answers_come_after_the_rows_own_answer(demo, tmp_path):
 def test_a_question_goes_on_from_the_prompts_cache_as_from_the_whole_text(demo, tmp_path):
     """The text after the cached prompt is what the chat template makes of these turns."""
     run = load(RECIPE, options(demo, tmp_path))
-    model, family, processor = open_model(run.model)
+    model, family, processor, _ = open_model(run.model)
     feed = make_feed(run, 0, 1)
     sample = feed.read(run.data.train, keep="none").samples[0]
     told = replace(sample, turns=(Turn(role="assistant", text="The plank."),))

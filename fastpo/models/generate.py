@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,26 +12,29 @@ from transformers import DynamicCache, GenerationConfig
 from fastpo.config import Generation
 from fastpo.data.pack import pack
 from fastpo.models import Family
+from fastpo.models.vision import chunk_frames
 from fastpo.sample import Encoded, MicroBatch
 
 
 @torch.no_grad()
 def respond(
     model: Any, family: Family, processor: Any, prompt: Encoded, cfg: Generation, *, count: int, seed: int,
-    end: int | None = None, cache: DynamicCache | None = None,
+    end: int | None = None, cache: DynamicCache | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`count` answers as token ids [n_s] int64, each with the token that ends it unless cfg.max_tokens cut it.
 
     model: the Hugging Face model without wrappers, with all its weights, in eval mode. prompt: decoded; its responses
     are ignored. The prompt is run once and its keys and values are repeated for the answers. seed: of this call alone.
     end: the token that ends an answer, by default the chat template's. cache: `prefilled` of what the prompt begins
-    with, all its media included; it stays as it is.
+    with, all its media included, and not of its last token; it stays as it is. chunk: see `prefilled`.
     """
     device = next(model.parameters()).device
     row = _row(prompt).to(device)
-    cache = prefilled(model, family, processor, prompt) if cache is None else copy.deepcopy(cache)
-    if cache.get_seq_length() == len(row.ids):
-        cache.crop(-1)  # generate runs the last token again, for its logits
+    if cache is None:  # generate runs the last token, for its logits
+        cache = prefilled(model, family, processor, _without_last(prompt), chunk=chunk)
+    else:
+        cache = copy.deepcopy(cache)
+    assert cache.get_seq_length() < len(row.ids)
     cache.batch_repeat_interleave(count)
     last: int = processor.chat.end_id if end is None else end
     positions = row.positions[None] if row.positions.ndim == 1 else row.positions[:, None]
@@ -53,10 +57,14 @@ def respond(
 
 
 @torch.no_grad()
-def prefilled(model: Any, family: Family, processor: Any, prompt: Encoded) -> DynamicCache:
-    """Keys and values of a decoded prompt, one row."""
+def prefilled(
+    model: Any, family: Family, processor: Any, prompt: Encoded, *, chunk: int | None = None
+) -> DynamicCache:  # fmt: skip
+    """Keys and values of a decoded prompt, one row. chunk: pictures in one call of the vision tower (of a family of
+    config.CHUNKED); None: all."""
     row = _row(prompt).to(next(model.parameters()).device)
-    features = None if prompt.pixels is None else family.vision(model, processor, row.pixels, row.grid)
+    apply = {} if chunk is None else {"apply": partial(chunk_frames, chunk=chunk, recompute=False)}
+    features = None if prompt.pixels is None else family.vision(model, processor, row.pixels, row.grid, **apply)
     cache = DynamicCache(config=model.config.get_text_config())
     family.hidden(model, row, features, cache)
     return cache
@@ -69,6 +77,11 @@ def extended(prompt: Encoded, ids: Tensor) -> Encoded:
         more = int(at[..., -1].max()) + 1 + torch.arange(len(ids))
         at = torch.cat([at, more.expand(*at.shape[:-1], -1)], dim=-1)
     return replace(prompt, prompt=torch.cat([prompt.prompt, ids]), positions=at)
+
+
+def _without_last(prompt: Encoded) -> Encoded:
+    at = prompt.positions
+    return replace(prompt, prompt=prompt.prompt[:-1], positions=None if at is None else at[..., :-1])
 
 
 def _row(prompt: Encoded) -> MicroBatch:

@@ -10,11 +10,13 @@ from fastpo.models import FAMILIES, Family
 
 
 class Opened(NamedTuple):
-    """model: in eval mode and without gradients, in peft's wrapper where there is an adapter."""
+    """model: in eval mode and without gradients, in peft's wrapper where there is an adapter. chunk: pictures in one
+    call of its vision tower, None: all."""
 
     model: Any
     family: Family
     processor: Any
+    chunk: int | None = None
 
     @property
     def core(self) -> Any:
@@ -55,4 +57,4 @@ def open_model(cfg: Model, adapter: Path | None = None, device: str = "cpu") -> 
             unexpected = model.get_base_model().load_state_dict(load_file(rest), strict=False).unexpected_keys
             if unexpected:
                 raise ValueError(f"{rest}: {cfg.path} has no {unexpected[0]}")
-    return Opened(model.to(device).requires_grad_(False).eval(), family, family.processor(cfg))
+    return Opened(model.to(device).requires_grad_(False).eval(), family, family.processor(cfg), cfg.frames_per_chunk)

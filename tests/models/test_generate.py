@@ -52,6 +52,18 @@ def test_greedy_answers_are_the_likeliest_tokens_of_whole_forwards(case, which):
     assert answers[0].tolist() == wanted.tolist()
 
 
+def test_the_tower_reads_a_video_in_chunks(case):
+    model, family, processor, prompts = case
+    frames, cfg = len(prompts[0].pixels), Generation(max_tokens=6, temperature=0)
+    calls: list[int] = []
+    watch = model.model.vision_tower.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    (whole,) = respond(model, family, processor, prompts[0], cfg, count=1, seed=0)
+    (parts,) = respond(model, family, processor, prompts[0], cfg, count=1, seed=0, chunk=1)
+    watch.remove()
+    assert frames > 1 and calls == [frames] + [1] * frames
+    assert parts.tolist() == whole.tolist()
+
+
 def test_samples_follow_the_distribution_and_the_seed_alone(case):
     model, family, processor, prompts = case
     cfg = Generation(max_tokens=1, temperature=0.8)
