@@ -55,7 +55,8 @@ class Sample:
     """key is "file:row", unique in a run. question holds one "<image>" or "<video>" placeholder per media item.
 
     turns: what follows question in the prompt, assistant and user in turn, without placeholders and never trained.
-    truth: the ground truth that rewards of sampled answers read; None where the row has none.
+    truth: the ground truth that rewards of sampled answers read; None where the row has none. phrases: RRPO's are those
+    that are "tagged", or the runs of tokens in which the two responses have "different" ones (VideoChat2's rows).
     """
 
     key: str
@@ -64,6 +65,7 @@ class Sample:
     responses: tuple[Response, ...]
     turns: tuple[Turn, ...] = ()
     truth: Any = None
+    phrases: Literal["tagged", "different"] = "tagged"
 
 
 class Size(NamedTuple):

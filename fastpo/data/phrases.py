@@ -1,4 +1,4 @@
-"""RRPO's phrases: from <MASK> tags in the text to a phrase number per response token.
+"""RRPO's phrases: from <MASK> tags in the text, or from two texts that differ, to a phrase number per response token.
 
 The rule is the authors' (pritamqu/RRPO a905573, train_llavavideo.py:989-1105). It compares two tokenisations and drops
 a response whose tags moved a token border; such a response is kept here where character offsets leave no doubt.
@@ -6,6 +6,8 @@ a response whose tags moved a token border; such a response is kept here where c
 
 import copy
 import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from itertools import groupby
 from typing import NamedTuple
 
@@ -76,6 +78,22 @@ def phrase_mask(tagger: Tagger, text: str, tagged: str, end: str = "<|im_end|>\n
             return signs
     marks = [n for n, c in zip(_numbers(untagged, phrases), untagged, strict=True) if not c.isspace()]
     return _from_offsets(tagger.plain, text + end, marks + [0] * len("".join(end.split())))
+
+
+def differences(better: Sequence[int], worse: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Phrase of each token of two responses, like phrase_mask: runs of tokens that replace one another.
+
+    Tokens that one response has more than the other are in no phrase (pritamqu/RRPO a905573, videochat2/diff_lib.py:
+    197-228). Here no token counts as junk; difflib's default, which the authors keep, ignores frequent ones of a long
+    response, and theirs sees prompt and padding too.
+    """
+    found = [0] * len(better), [0] * len(worse)
+    number = 0
+    for kind, a, b, c, d in SequenceMatcher(None, better, worse, autojunk=False).get_opcodes():
+        if kind == "replace":
+            number += 1
+            found[0][a:b], found[1][c:d] = [number] * (b - a), [number] * (d - c)
+    return found
 
 
 def _drop_tags(tagger: Tagger, tagged: str) -> tuple[list[int], list[int]]:

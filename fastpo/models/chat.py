@@ -1,7 +1,7 @@
 """Text of a sample to token ids: the chat template around it, responses as segments, phrase masks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,7 +156,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, typed: bool, turns: Sequence[tup
 
 
 def phrase_weights(chat: Chat, sample: Sample) -> tuple[Tensor, ...] | None:
-    """S tensors [n_s] float32, 1 in a tagged phrase; None where a response has no tags. Raises BadSample."""
+    """S tensors [n_s] float32, 1 in a phrase; None where a response has no tags. Raises BadSample."""
+    if sample.phrases == "different":
+        if len(sample.responses) != 2:
+            raise BadSample(f"{sample.key}: two responses differ in phrases, there are {len(sample.responses)}")
+        better, worse = (phrases.response_ids(chat.tokenizer, r.text, chat.end) for r in sample.responses)
+        return _weights(phrases.differences(better, worse))
     if any(response.tagged is None for response in sample.responses):
         return None
     try:
@@ -167,6 +172,10 @@ def phrase_weights(chat: Chat, sample: Sample) -> tuple[Tensor, ...] | None:
         ]
     except BadSample as error:
         raise BadSample(f"{sample.key}: {error}") from None
+    return _weights(masks)
+
+
+def _weights(masks: Iterable[list[int]]) -> tuple[Tensor, ...]:
     return tuple(torch.tensor([float(sign > 0) for sign in mask]) for mask in masks)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,21 @@ RFT = {
     "problem": "Detect all cats.",
     "solution": "<answer>[{'Position': [1, 2, 3, 4], 'Confidence': 1.0}]</answer>",
 }
-ROWS = {"perpo": PERPO, "mia": MIA, "spo": SPO, "llava": LLAVA, "ranked": RANKED, "visual_rft": RFT}
+VIDEOCHAT2 = {
+    "video": "a.mp4",
+    "sample_id": 0,
+    "QA": [{"i": "Look closely.", "q": "What moves?", "a": "A red ball."}],
+    "QA_NEG": [{"i": "Look closely.", "q": "What moves?", "a": "A blue cube."}],
+}
+ROWS = {
+    "videochat2": VIDEOCHAT2,
+    "perpo": PERPO,
+    "mia": MIA,
+    "spo": SPO,
+    "llava": LLAVA,
+    "ranked": RANKED,
+    "visual_rft": RFT,
+}
 
 
 @pytest.fixture
@@ -103,6 +118,34 @@ def test_a_perpo_row(root):
     renamed = {k: v for k, v in PERPO.items() if k != "iou_scores"} | {"similarity": [1, 0.5, 1]}
     sample = formats.perpo(renamed, "f:0", root, scores="similarity")
     assert [r.score for r in sample.responses] == [1.0, 0.5, 1.0]  # ties stay, in the row's order
+
+
+def test_a_videochat2_row(root):
+    sample = convert("videochat2", root)
+    assert sample == Sample(
+        key="train.json:7",
+        question="<video>\nLook closely. What moves?",
+        media=(Media(kind="video", path=root / "a.mp4"),),
+        responses=(Response(text="A red ball.", score=1.0), Response(text="A blue cube.", score=0.0)),
+        phrases="different",
+    )
+    alone = [{"q": "What moves?", "a": answer} for answer in ("A ball.", "A cube.")]
+    assert convert("videochat2", root, QA=alone[:1], QA_NEG=alone[1:]).question == "<video>\nWhat moves?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"QA": VIDEOCHAT2["QA"] * 2}, "key QA: expected a list of one turn"),
+        ({"QA_NEG": None}, "key QA_NEG: expected a list of one turn, got None"),
+        ({"QA_NEG": [{"q": "Who moves?", "a": "A cube."}]}, "key QA_NEG: asks 'Who moves?', QA 'Look closely"),
+        ({"QA_NEG": [{**VIDEOCHAT2["QA_NEG"][0], "a": " "}]}, "key QA_NEG.a: empty"),
+        ({"QA_NEG": VIDEOCHAT2["QA"]}, "key QA_NEG.a: both responses are the same"),
+    ],
+)
+def test_bad_videochat2_rows_name_row_and_key(root, changes, reason):
+    with pytest.raises(BadSample, match=re.escape(f"train.json, row 7, {reason}")):
+        convert("videochat2", root, **changes)
 
 
 def test_a_mia_row(root):

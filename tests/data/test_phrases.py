@@ -1,16 +1,19 @@
 import functools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastpo.data.phrases import phrase_mask, response_ids, strip_tags, tagger
+from fastpo.data.phrases import differences, phrase_mask, response_ids, strip_tags, tagger
 from fastpo.sample import BadSample
 
 END = "<|im_end|>\n"
+GOLDEN = Path(__file__).parents[1] / "golden" / "rrpo"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -220,3 +223,20 @@ def test_strip_tags():
     ]:
         with pytest.raises(BadSample, match=reason):
             strip_tags(text)
+
+
+def test_differences_are_the_authors_of_videochat2():
+    """Their signs of two recorded pairs: two replacements, and an insertion alone (tests/golden/rrpo)."""
+    case = "videochat2_difflib"
+    with safe_open(GOLDEN / "rrpo.safetensors", "pt") as file:
+        targets, signs = (file.get_tensor(f"{case}/{name}") for name in ("targets", "signs"))
+    for better, worse in ((0, 2), (1, 3)):
+        kept = [(targets[i] != -100) for i in (better, worse)]
+        ours = differences(*(targets[i][k].tolist() for i, k in zip((better, worse), kept, strict=True)))
+        assert list(ours) == [signs[i][k].tolist() for i, k in zip((better, worse), kept, strict=True)]
+    assert signs[0].max() == 2 and signs[1].max() == 0
+
+
+def test_differences_of_long_responses_do_not_take_frequent_tokens_for_junk():
+    better, worse = [1, 2] * 150 + [7, 1, 2], [1, 2] * 150 + [8, 9, 1, 2]
+    assert differences(better, worse) == ([0] * 300 + [1, 0, 0], [0] * 300 + [1, 1, 0, 0])

@@ -1,6 +1,7 @@
 """Chat templates of the kinds that model folders have."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -116,3 +117,17 @@ def test_the_role_that_asks_can_be_named_and_is_the_models_alone(tmp_path):
     assert "vuser" not in decode(chat.prompt_ids(found, "Why?", sample))
     (whole,) = chat.responses(found, sample).responses
     assert "vuser Own?" in decode(whole) and "<|im_start|>user Theirs?" in decode(whole)
+
+
+def test_phrases_of_responses_that_differ_and_their_end_in_none(tmp_path):
+    found = chat.read(made(tmp_path, tiny_families.CHATML, starts=False))
+    texts = ("It is 12.", "It is 345.")
+    pair = tuple(Response(text=text, score=1.0 - n) for n, text in enumerate(texts))
+    sample = Sample(key="a:0", question="Why?", media=(), responses=pair, phrases="different")
+    weights = chat.phrase_weights(found, sample)
+    rows = chat.responses(found, sample).responses
+    assert weights is not None and [len(w) for w in weights] == [len(r) for r in rows]
+    said = [found.tokenizer.decode(r[w == 0]) for r, w in zip(rows, weights, strict=True)]
+    assert said == ["It is .<|im_end|>\n"] * 2
+    with pytest.raises(BadSample, match="a:0: two responses differ in phrases, there are 1"):
+        chat.phrase_weights(found, replace(sample, responses=pair[:1]))

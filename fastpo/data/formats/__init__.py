@@ -11,7 +11,7 @@ from fastpo.config import Source
 from fastpo.data.formats.conversations import llava, ranked, spo
 from fastpo.data.formats.fields import bad as bad
 from fastpo.data.formats.files import rows
-from fastpo.data.formats.pairs import dpo, mia, perpo, rrpo
+from fastpo.data.formats.pairs import dpo, mia, perpo, rrpo, videochat2
 from fastpo.data.formats.prompts import rollout, visual_rft
 from fastpo.plugins import resolve
 from fastpo.sample import BadSample, Sample
@@ -26,6 +26,7 @@ DATASETS = MappingProxyType(
         "rollout": rollout,
         "rrpo": rrpo,
         "spo": spo,
+        "videochat2": videochat2,
         "visual_rft": visual_rft,
     }
 )

@@ -1,5 +1,6 @@
 """Formats of scored answers to one question: RRPO, DPO, MIA-DPO, PerPO."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,30 @@ def rrpo(row: Row, where: str, media_root: Path, *, require_phrases: bool = True
     )
     fields.differ(answer, pred, where, "pred")
     return Sample(key=where, question=question, media=media, responses=responses)
+
+
+def videochat2(row: Row, where: str, media_root: Path) -> Sample:
+    """RRPO's rows for VideoChat2: video, QA (preferred) and QA_NEG, each a list of one {"i", "q", "a"}.
+
+    i, an instruction, comes before the question q; both sides have the same. Phrases are the tokens in which the
+    answers differ. Lists of several turns are refused: the authors shuffle each side on its own, so that the sides
+    share no prompt. "start" and "end" are not read, as in their training. Facts: pritamqu/RRPO a905573,
+    videochat2/data.py:75-150, videochat2/dataset/it_dataset_mistral.py:74-104.
+    """
+    media = fields.media_list(row, where, media_root)
+    asked, answers = [], []
+    for key, score in (("QA", 1.0), ("QA_NEG", 0.0)):
+        turns = row.get(key)
+        if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], Mapping):
+            raise bad(where, key, f"expected a list of one turn, got {turns!r:.80}")
+        turn = {"i": "", **turns[0]}
+        asked.append(" ".join(filter(None, (fields.text(turn, where, name).strip() for name in ("i", "q")))))
+        answers.append(fields.response(fields.text(turn, where, "a"), where, f"{key}.a", score=score))
+    if asked[0] != asked[1]:
+        raise bad(where, "QA_NEG", f"asks {asked[1]!r:.80}, QA {asked[0]!r:.80}")
+    question = fields.question(asked[0], media, where, "QA.q")
+    fields.differ(*answers, where, "QA_NEG.a")
+    return Sample(key=where, question=question, media=media, responses=tuple(answers), phrases="different")
 
 
 def dpo(row: Row, where: str, media_root: Path) -> Sample:
