@@ -30,7 +30,7 @@ def inputs(reference, *, extras=True):
     )
 
 
-STATS = meta(4, N, dtype=torch.float32)
+STATS = meta(5, N, dtype=torch.float32)
 
 
 def compiled(made, capability):
@@ -63,14 +63,17 @@ def test_figures_are_of_the_launch_that_runs():
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 @pytest.mark.parametrize("what", ["statistics", "unit", "backward"])
 def test_rows(capability, what):
-    x, z, slot = inputs("own"), meta(N, V, dtype=torch.float32), torch.arange(N)
+    """With both divergences on half of the rows, which cost registers."""
+    half = torch.arange(N) < N // 2
+    x, z = inputs("own")._replace(kl_rows=half, reverse_kl_rows=half), meta(N, V, dtype=torch.float32)
     u = launch.in_place(z, torch.bfloat16)
+    g = STATS[0]
     written = {
         "statistics": {"stats": STATS},
-        "unit": {"stats": STATS, "u": u, "k": u},
-        "backward": {"u": u, "g_logp": STATS[0], "g_kl": STATS[0]},
+        "unit": {"stats": STATS, "u": u, "k": u, "r": meta(N // 2, V)},
+        "backward": {"u": u, "g_logp": g, "g_kl": g, "g_reverse": g},
     }
-    ptx = compiled(launch.rows(z, z, x, slot, N // 2, **written[what]), capability).ptx
+    ptx = compiled(launch.rows(z, z, x, torch.arange(N), **written[what]), capability).ptx
     if what != "statistics":  # gradients go where other threads have just read logits: a barrier lies between
         loads = ptx[: ptx.rindex("st.global")]
         assert "bar.sync" in loads[loads.rindex("ld.global") :]

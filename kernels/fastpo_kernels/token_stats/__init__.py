@@ -62,10 +62,10 @@ def token_stats(
 
     backend: "reference" is the definition, with whole [N, V] logits; "chunked", which "auto" chooses, makes tiles of
     about 256 MB; "triton" (CUDA, not float64) is chunked with one kernel in place of the elementwise PyTorch on a tile,
-    or, for small H and no unit gradient, logits that never leave the registers. Only "chunked" takes a shard, and
-    "triton" has no reverse KL. Under a frozen weight and bias the forward of the latter two also computes the gradient
-    of each row, so that the backward does not touch the weight, which may be partitioned away by then (ZeRO-3); under a
-    trainable one the backward reads weight, bias and ref_weight again, which must be gathered by then.
+    or, for small H, no unit gradient and no reverse KL, logits that never leave the registers. Only "chunked" takes a
+    shard. Under a frozen weight and bias the forward of the latter two also computes the gradient of each row, so that
+    the backward does not touch the weight, which may be partitioned away by then (ZeRO-3); under a trainable one the
+    backward reads weight, bias and ref_weight again, which must be gathered by then.
 
     Raises ValueError for shapes, dtypes, devices and backends that do not fit, ref_weight, kl_rows or reverse_kl_rows
     without ref_hidden, and on the CPU for a target outside of [0, V); on CUDA that is a device-side assertion, without
@@ -76,10 +76,9 @@ def token_stats(
         hidden, weight, bias, target, ref_hidden, ref_weight, kl_rows, softcap, temperature, reverse_kl_rows, shard
     )
     _check(x)
-    lacking = {"triton"} if reverse_kl_rows is not None else set()
-    lacking |= {"triton", "reference"} if shard is not None else set()
+    lacking = {"triton", "reference"} if shard is not None else set()
     if backend in lacking:
-        raise ValueError(f"backend {backend!r} has no {'reverse_kl_rows' if shard is None else 'shard'}; use 'chunked'")
+        raise ValueError(f"backend {backend!r} has no shard; use 'chunked'")
     name = choose(backend, hidden, {name: runs for name, runs in RUNS.items() if name not in lacking})
     with torch.autocast(hidden.device.type, enabled=False):
         if name == "reference":

@@ -8,6 +8,8 @@ far: s = sum e^(z-m) and e = sum e^(z-m) (z-m) of the policy p, the same s of th
 
 No term of t is negative and all are of second order in the distance of the models. The usual online sum of q (zq - zp),
 less the difference of two log-sum-exps, is of first order: its error of about 1e-6 is 1 % of a KL of 1e-4.
+
+KL(p || q) is the same with p and q exchanged. Its gradient at zp is p (-d - KL(p || q) - log(sp / sq)).
 """
 
 import triton
@@ -112,15 +114,19 @@ def rows(
     ref_ptr,  # [ref_rows, V] fp32 of the reference, or None
     u_ptr,  # z_ptr in the operand dtype, whose rows are overwritten with their gradient at h W^T, or None
     k_ptr,  # ref_ptr likewise, for the gradient of KL; None where g_* are given
+    r_ptr,  # [reverse_rows, V] for the gradient of the reverse KL, a tile of its own; None where g_* are given
     bias_ptr,  # [V] or None
     target_ptr,  # [n]
     slot_ptr,  # [n] the row of ref_ptr that belongs to each row; >= ref_rows: none
+    reverse_slot_ptr,  # [n] the row of r_ptr; >= reverse_rows: no reverse KL; or None for none at all
     g_logp_ptr,  # [n] coefficient of logp in u, or None for 1
     g_kl_ptr,  # [n] coefficient of KL in u, or None for 0
-    stats_ptr,  # [4, n] logp, ref_logp, KL, entropy, or None
+    g_reverse_ptr,  # [n] coefficient of the reverse KL in u, or None for 0
+    stats_ptr,  # [5, n] logp, ref_logp, KL, entropy, reverse KL, or None
     V,
     ref_rows,
     kl_rows,  # slots below it want the KL
+    reverse_rows,
     softcap,
     sharpness,  # 1 / temperature
     stride,  # of a row of u_ptr and k_ptr, in their elements
@@ -135,9 +141,11 @@ def rows(
     z_ptr += row.to(tl.int64) * V
     mp = tl.full([1], LOWEST, tl.float32)
     sp, ep, yp = tl.zeros_like(mp), tl.zeros_like(mp), tl.zeros_like(mp)
-    mq, sq, yq, t = mp, sp, sp, sp
+    mq, sq, yq, t, back = mp, sp, sp, sp, sp  # back: t with p and q exchanged
     if ref_ptr is not None:
         ref_ptr += slot * V
+    if reverse_slot_ptr is not None:
+        reverse_slot = tl.load(reverse_slot_ptr + row).to(tl.int64)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zp = tl.load(z_ptr + cols, mask=cols < V, other=0.0)[None, :]
@@ -147,6 +155,9 @@ def rows(
             zq, _ = _logits(zq, bias_ptr, cols, V, softcap, sharpness)
             if slot < kl_rows:
                 t = _take_in_gap(t, mp, sp, mq, sq, zp, zq)
+            if reverse_slot_ptr is not None:
+                if reverse_slot < reverse_rows:
+                    back = _take_in_gap(back, mq, sq, mp, sp, zq, zp)
             mq, sq = _take_in(mq, sq, zq)
             yq += _at(zq, cols, target)
         ep = _take_in_entropy(ep, mp, sp, zp)
@@ -155,6 +166,8 @@ def rows(
     # not y - (m + log s): m would round off what log s says about a confident token
     log_sp = tl.log(sp)
     logp = yp - mp - log_sp
+    if reverse_slot_ptr is not None:
+        reverse_kl = tl.where(reverse_slot < reverse_rows, _kl(back, sq, sp), 0.0)
     if stats_ptr is not None:
         n = tl.num_programs(0)
         tl.store(stats_ptr + row + one, logp)
@@ -162,6 +175,8 @@ def rows(
         if ref_ptr is not None:
             tl.store(stats_ptr + n + row + one, yq - mq - tl.log(sq))
             tl.store(stats_ptr + 2 * n + row + one, tl.where(slot < kl_rows, _kl(t, sp, sq), 0.0))
+        if reverse_slot_ptr is not None:
+            tl.store(stats_ptr + 4 * n + row + one, reverse_kl)
     if u_ptr is not None:
         u_ptr += row.to(tl.int64) * stride
         to_target = -expm1(logp)[:, None]
@@ -174,17 +189,30 @@ def rows(
             if g_logp_ptr is not None:
                 u *= tl.load(g_logp_ptr + row)
             if ref_ptr is not None:
-                if slot < kl_rows:
+                paired = slot < kl_rows
+                if reverse_slot_ptr is not None:
+                    paired = paired | (reverse_slot < reverse_rows)
+                if paired:
                     zq = tl.load(ref_ptr + cols, mask=cols < V, other=0.0)[None, :]
                     zq, _ = _logits(zq, bias_ptr, cols, V, softcap, sharpness)
-                    k = p - tl.exp(zq - mq[:, None] - tl.log(sq)[:, None])
-                    if g_kl_ptr is not None:
-                        u += k * tl.load(g_kl_ptr + row)
-                    if k_ptr is not None:
-                        # written where other threads have just read: half-size rows lie at the head of the fp32 ones
-                        tl.debug_barrier()
-                        k_row = k_ptr + slot * stride + cols[None, :]
-                        tl.store(k_row, (k * slope).to(k_ptr.dtype.element_ty), mask=(cols < V)[None, :])
+                    zq -= mq[:, None]
+                    if slot < kl_rows:
+                        k = p - tl.exp(zq - tl.log(sq)[:, None])
+                        if g_kl_ptr is not None:
+                            u += k * tl.load(g_kl_ptr + row)
+                        if k_ptr is not None:
+                            # written where threads have just read: half-size rows lie at the head of the fp32 ones
+                            tl.debug_barrier()
+                            k_row = k_ptr + slot * stride + cols[None, :]
+                            tl.store(k_row, (k * slope).to(k_ptr.dtype.element_ty), mask=(cols < V)[None, :])
+                    if reverse_slot_ptr is not None:
+                        if reverse_slot < reverse_rows:
+                            r = p * (zp - mp[:, None] - zq - (reverse_kl + tl.log(sp / sq))[:, None])
+                            if g_reverse_ptr is not None:
+                                u += r * tl.load(g_reverse_ptr + row)
+                            if r_ptr is not None:
+                                r_row = r_ptr + reverse_slot * V + cols[None, :]
+                                tl.store(r_row, (r * slope).to(r_ptr.dtype.element_ty), mask=(cols < V)[None, :])
             tl.debug_barrier()
             tl.store(u_ptr + cols[None, :], (u * slope).to(u_ptr.dtype.element_ty), mask=(cols < V)[None, :])
 

@@ -45,8 +45,8 @@ MERGE_BLOCK, MERGE_WARPS = 128, 4
 
 
 def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, chunked.UnitGradient | None]:
-    """See chunked.forward."""
-    if unit_gradient or not _registers_fit(x):
+    """See chunked.forward. The register way has no reverse KL."""
+    if unit_gradient or x.reverse_kl_rows is not None or not _registers_fit(x):
         return chunked.forward(x, unit_gradient, chunk)
     return register_stats(x, *_device(x.hidden.device)), None
 
@@ -57,33 +57,50 @@ def backward(x: Inputs, g: chunked.Coefficients, wanted: Sequence[bool]) -> chun
 
 
 def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, chunked.Units]:
-    """Statistics of some rows; with a dtype to keep them in, also their u [n, H] and the k of those with KL.
-
-    No reverse KL: its gradient would be a third tile beside the two that the kernel overwrites.
-    """
-    num_rows, kl_rows = len(x.hidden), 0 if x.kl_rows is None else int(x.kl_rows.sum())
-    order = torch.arange(num_rows) if x.kl_rows is None else (~x.kl_rows).to(torch.int8).argsort(stable=True)
+    """Statistics of some rows; with a dtype to keep them in, also their u [n, H], and k and r of those with KL."""
+    num_rows, order = len(x.hidden), _order(x, torch.ones(len(x.hidden), dtype=torch.bool))
     z, ref_z = _products(x, order)
-    stats = torch.empty(4, num_rows, device=z.device)
-    u, k = (None if keep is None or t is None else in_place(t, x.weight.dtype) for t in (z, ref_z))
-    k = None if x.kl_rows is None else k
-    run(rows(z, ref_z, x, order.argsort(), kl_rows, u=u, k=k, stats=stats))
-    logp, ref_logp, kl, entropy = stats
-    has_kl = x.kl_rows is not None
-    joined = TokenStats(logp, None if ref_z is None else ref_logp, kl if has_kl else None, entropy)
-    u, k = (None if g is None else chunked.mm(g, x.weight).to(keep) for g in (u, None if k is None else k[:kl_rows]))
-    return joined, (u, k, None)
+    stats = torch.empty(5, num_rows, device=z.device)
+    kl_rows, reverse_rows = (None if mask is None else int(mask.sum()) for mask in (x.kl_rows, x.reverse_kl_rows))
+    u = k = r = None
+    if keep is not None:
+        u = in_place(z, x.weight.dtype)
+        k = None if ref_z is None or kl_rows is None else in_place(ref_z, x.weight.dtype)
+        r = None if reverse_rows is None else x.weight.new_empty(reverse_rows, z.shape[1])
+    run(rows(z, ref_z, x, order, u=u, k=k, r=r, stats=stats))
+    logp, ref_logp, kl, entropy, reverse_kl = stats
+    joined = TokenStats(
+        logp,
+        None if ref_z is None else ref_logp,
+        None if kl_rows is None else kl,
+        entropy,
+        None if reverse_rows is None else reverse_kl,
+    )
+    tiles = (u, None if k is None else k[:kl_rows], r)
+    return joined, tuple(None if t is None else chunked.mm(t, x.weight).to(keep) for t in tiles)
 
 
-def d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, _: Tensor) -> Tensor:
-    """[n, V] gradient of sum(g_logp logp + g_kl kl) at h W^T + b, in the operand dtype."""
-    order = torch.arange(0) if x.kl_rows is None else x.kl_rows.nonzero()[:, 0]
-    slot = torch.full((len(x.hidden),), len(order))
-    slot[order] = torch.arange(len(order))
+def d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, g_reverse: Tensor) -> Tensor:
+    """[n, V] gradient of sum(g_logp logp + g_kl kl + g_reverse reverse_kl) at h W^T + b, in the operand dtype."""
+    masks = [mask for mask in (x.kl_rows, x.reverse_kl_rows) if mask is not None]
+    order = _order(x, torch.stack(masks).any(0)) if masks else torch.arange(0)
     z, ref_z = _products(x._replace(ref_hidden=x.ref_hidden if len(order) else None), order)
     u = in_place(z, x.weight.dtype)
-    run(rows(z, ref_z, x, slot, len(order), u=u, g_logp=g_logp, g_kl=g_kl))
+    run(rows(z, ref_z, x, order, u=u, g_logp=g_logp, g_kl=g_kl, g_reverse=g_reverse))
     return u
+
+
+def _order(x: Inputs, needed: Tensor) -> Tensor:
+    """Host index of the rows `needed` [n] of the reference, those with KL first."""
+    order = torch.arange(len(needed)) if x.kl_rows is None else (~x.kl_rows).to(torch.int8).argsort(stable=True)
+    return order[needed[order]]
+
+
+def _slots(order: Tensor, num_rows: int) -> Tensor:
+    """[num_rows] the place of each row in `order`, len(order) for those that are not in it."""
+    slots = torch.full((num_rows,), len(order))
+    slots[order] = torch.arange(len(order))
+    return slots
 
 
 def _products(x: Inputs, order: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -106,30 +123,36 @@ def rows(
     z: Tensor,
     ref_z: Tensor | None,
     x: Inputs,
-    slot: Tensor,
-    kl_rows: int,
+    order: Tensor,
     *,
     u: Tensor | None = None,
     k: Tensor | None = None,
+    r: Tensor | None = None,
     g_logp: Tensor | None = None,
     g_kl: Tensor | None = None,
+    g_reverse: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Launch:
-    """z: [n, V] fp32; ref_z: [m, V]; slot: [n] int64 on the host. The other names are those of `kernel.rows`."""
+    """z: [n, V] fp32; ref_z: [m, V], the rows `order` of the reference. The other names are those of `kernel.rows`."""
+    reverse = None if ref_z is None or x.reverse_kl_rows is None else x.reverse_kl_rows.nonzero()[:, 0]
     args = {
         "z_ptr": z,
         "ref_ptr": ref_z,
         "u_ptr": u,
         "k_ptr": k,
+        "r_ptr": r,
         "bias_ptr": x.bias,
         "target_ptr": x.target,
-        "slot_ptr": slot.to(z.device),
+        "slot_ptr": _slots(order, len(z)).to(z.device),
+        "reverse_slot_ptr": None if reverse is None else _slots(reverse, len(z)).to(z.device),
         "g_logp_ptr": g_logp,
-        "g_kl_ptr": g_kl if ref_z is not None else None,
+        "g_kl_ptr": None if ref_z is None or x.kl_rows is None else g_kl,
+        "g_reverse_ptr": None if reverse is None else g_reverse,
         "stats_ptr": stats,
         "V": z.shape[1],
         "ref_rows": 0 if ref_z is None else len(ref_z),
-        "kl_rows": kl_rows,
+        "kl_rows": 0 if x.kl_rows is None else int(x.kl_rows.sum()),
+        "reverse_rows": 0 if reverse is None else len(reverse),
         "softcap": x.softcap,
         "sharpness": 1 / x.temperature,
         "stride": 0 if u is None else u.stride(0),
