@@ -160,7 +160,7 @@ def _tiles(p: Processor, item: Media) -> Tensor:
     rows, columns = canvas(image.height, image.width, p.size, p.tiles)
     height, width = fitted(image.height, image.width, rows, columns, p.size)
     whole = Image.new("RGB", (columns * p.size, rows * p.size))
-    whole.paste(image.resize((width, height), p.resample))
+    whole.paste(images.resized(image, (width, height), p.resample))
     tiles = torch.from_numpy(np.asarray(whole).copy()).view(rows, p.size, columns, p.size, 3)
     return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()
 
@@ -191,13 +191,11 @@ def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:
 
 
 def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = None) -> Tensor:
-    """See Family. Raises ValueError for a cache with images: transformers' generate would look at padded tiles."""
+    """See Family. Of the images, the cache keeps what the row's last token sees, which all text after it sees too."""
     views, mlp = None, None
     if features is not None:
-        if cache is not None:
-            raise ValueError("family mllama: answers to images cannot be sampled, only answers to text")
         views, mlp = _views(model.config, batch, features.shape[1])
-    return model.model.language_model(
+    states = model.model.language_model(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
         cross_attention_states=features,
@@ -207,6 +205,11 @@ def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = 
         tree=batch.tree if cache is None else None,
         views=views,
     ).last_hidden_state[0]
+    if cache is not None and views is not None and views[-1].mask is not None:
+        for i in model.config.text_config.cross_attention_layers:
+            layer, visible = cache.layers[i], views[-1].mask[-1]
+            layer.keys, layer.values = layer.keys[:, :, visible], layer.values[:, :, visible]
+    return states
 
 
 def _views(config: Any, batch: MicroBatch, tokens: int) -> tuple[tuple[View, ...], Tensor]:
