@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastpo.models.images import Settings
+from fastpo.models.images import Settings, resized
 
 
 class Grid(NamedTuple):
@@ -78,9 +78,9 @@ def tiles(image: Image.Image, s: Settings) -> list[Image.Image]:
     else:
         fitted = min(math.ceil(image.width * scale_h), width), height
     padded = Image.new("RGB", (width, height))
-    padded.paste(image.resize(fitted, s.resample), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    padded.paste(resized(image, fitted, s.resample), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
     cuts = [(x, y, x + s.side, y + s.side) for y in range(0, height, s.side) for x in range(0, width, s.side)]
-    return [image.resize((s.side, s.side), s.resample), *map(padded.crop, cuts)]
+    return [resized(image, (s.side, s.side), s.resample), *map(padded.crop, cuts)]
 
 
 def features(x: Tensor, g: Grid, newline: Tensor) -> Tensor:

@@ -140,14 +140,14 @@ def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
 
 def _tiles(p: Processor, item: Media, sampling: Sampling) -> Tensor:
     """The tiles row by row, then the whole image in one."""
-    frames = media.decode(item, media.frame_count(item, sampling))
+    decoded = media.decode(item, media.frame_count(item, sampling))
     if item.kind == "video":
-        return media.resize(frames, p.size)
-    height, width = frames.shape[1:3]
+        return images.frames(decoded, p.size)
+    height, width = decoded.shape[1:3]
     columns, rows = tiling(height, width, p.size, *p.tiles)
-    whole = media.resize(frames, (rows * p.size, columns * p.size))
+    whole = images.frames(decoded, (rows * p.size, columns * p.size))
     tiles = whole.view(3, rows, p.size, columns, p.size).permute(1, 3, 0, 2, 4).flatten(0, 1)
-    return tiles if len(tiles) == 1 else torch.cat([tiles, media.resize(frames, p.size)])
+    return tiles if len(tiles) == 1 else torch.cat([tiles, images.frames(decoded, p.size)])
 
 
 def blank(p: Processor) -> Encoded:

@@ -73,7 +73,7 @@ def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
     for item in sample.media:
         kind, _, _, frames = _item(sample, item, sampling)
         if kind == VIDEO:
-            found.append(media.resize(media.decode(item, frames), p.images.side))
+            found.append(images.frames(media.decode(item, frames), p.images.side))
         elif kind == ALONE:
             found.append(images.stack(anyres.tiles(images.read(item), p.images)))
         else:

@@ -85,7 +85,8 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
     frames = [media.frame_count(item, sampling) for item in sample.media]
     question = sample.question
     if p.time_instruction:
-        question = _timed(question, [media.frame_times(m.path, n) for m, n in zip(sample.media, frames, strict=True)])
+        counts = zip(sample.media, frames, strict=True)
+        question = _timed(question, [media.frame_times(item.path, n, sampling.fps) for item, n in counts])
     ids = chat.prompt_ids(p.chat, question.replace("<video>", p.video_token), sample)
     return chat.encoded(
         p.chat,
@@ -117,8 +118,8 @@ def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
     """Decoded and resized frames [F, 3, size, size] uint8, or None without media. Raises BadSample."""
     if not sample.media:
         return None
-    frames = [media.decode(item, media.frame_count(item, sampling)) for item in sample.media]
-    return torch.cat([media.resize(images, p.size) for images in frames])
+    decoded = [media.decode(item, media.frame_count(item, sampling)) for item in sample.media]
+    return torch.cat([images.frames(x, p.size) for x in decoded])
 
 
 def blank(p: Processor) -> Encoded:

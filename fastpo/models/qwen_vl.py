@@ -30,7 +30,7 @@ from transformers import (
 
 from fastpo.config import Model
 from fastpo.data import media
-from fastpo.models import attention, chat, files
+from fastpo.models import attention, chat, files, images
 from fastpo.models.chat import Chat
 from fastpo.sample import BadSample, Encoded, Media, MicroBatch, Sample, Sampling
 
@@ -152,7 +152,7 @@ def _marked(p: Processor, item: Media, shape: Shape, sampling: Sampling) -> str:
     if item.kind == "image" or not p.stamped:
         return mark
     frames, pair = media.frame_count(item, sampling), p.config.vision_config.temporal_patch_size
-    seconds = [min(k, frames - 1) * media.duration(item.path) / frames for k in range(shape[0] * pair)]
+    seconds = [min(k, frames - 1) * media.duration(item.path, sampling.fps) / frames for k in range(shape[0] * pair)]
     means = [(seconds[k] + seconds[k + pair - 1]) / 2 for k in range(0, len(seconds), pair)]
     return "".join(f"<{second:.1f} seconds>{mark}" for second in means)
 
@@ -217,7 +217,7 @@ def positions(p: Processor, ids: Tensor, items: Sequence[Media], shapes: Sequenc
 
 def _seconds_per_patch(p: Processor, item: Media, sampling: Sampling) -> float:
     pair = p.config.vision_config.temporal_patch_size
-    return pair * media.duration(item.path) / media.frame_count(item, sampling)
+    return pair * media.duration(item.path, sampling.fps) / media.frame_count(item, sampling)
 
 
 def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
@@ -230,9 +230,9 @@ def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
 def _patches(p: Processor, item: Media, sampling: Sampling) -> Tensor:
     """[t * h * w, 3 * time * patch * patch] uint8. The patches that are merged later stand side by side."""
     v, (t, h, w) = p.config.vision_config, _shape(p, item, sampling)
-    frames = media.decode(item, media.frame_count(item, sampling))
+    decoded = media.decode(item, media.frame_count(item, sampling))
     side, merge, time = v.patch_size, v.spatial_merge_size, v.temporal_patch_size
-    x = media.resize(frames, (h * side, w * side))
+    x = images.frames(decoded, (h * side, w * side))
     x = x[torch.tensor(np.minimum(np.arange(t * time), len(x) - 1))]
     x = x.view(t, time, 3, h // merge, merge, side, w // merge, merge, side)
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)

@@ -68,6 +68,7 @@ def inputs(encoded, ids):
     return {} if encoded.pixels is None else {"pixel_values": floats(encoded.pixels)}
 
 
+@pytest.mark.usefixtures("columns_first")
 def test_ids_and_pixels_are_the_processors(setup):
     p = setup.processor
     pil = GotOcr2ImageProcessorPil.from_pretrained(setup.path)

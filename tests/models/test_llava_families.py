@@ -32,6 +32,7 @@ from tests.models.test_llava_video import compare_gradients, relative
 NAMES = ("llava", "llava_next", "llava_onevision")
 SAMPLING = Sampling(frames=3)
 SIZES = {"wide": (23, 61), "tall": (97, 34), "tiny": (7, 9), "large": (150, 131), "square": (33, 33)}
+pytestmark = pytest.mark.usefixtures("columns_first")
 LIMIT = 2e-6  # of normalized pixels; one grey level is 0.014
 
 

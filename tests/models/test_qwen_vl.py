@@ -65,6 +65,7 @@ def inputs(setup, p):
     return of
 
 
+@pytest.mark.usefixtures("columns_first")
 def test_ids_grid_and_pixels_are_the_processors(setup):
     p = setup.processor
     pil = Qwen2VLImageProcessorPil.from_pretrained(setup.cfg.path)
