@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastpo import fit as fit_module
+from fastpo import train
 from fastpo.config import load
 from fastpo.fit import fit
 from fastpo.merge import merge
 from fastpo.sample import BadSample
+from tests.ranks import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "rrpo_llavavideo.yaml"
 
 
@@ -53,9 +55,6 @@ def command(demo: Path, out: Path, *more: str, ranks: int = 1) -> list[str]:
     return [sys.executable, *launch, "-m", "fastpo.train", str(RECIPE), *options(demo, out, *more)]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-
-
 @pytest.fixture(scope="module")
 def base(demo, tmp_path_factory):
     """Four steps without interruption on one rank."""
@@ -72,9 +71,9 @@ def test_first_step_is_log_2_and_every_number_is_logged(base):
     assert abs(found[3]["loss"] - found[2]["loss"]) > 1e-6
 
 
-def test_two_ranks_equal_one(base, demo, tmp_path):
+def test_two_ranks_equal_one(base, demo, tmp_path, two_ranks):
     out, found = base
-    subprocess.run(command(demo, tmp_path, ranks=2), check=True, env=ENVIRONMENT, capture_output=True, timeout=200)
+    two_ranks(str(RECIPE), *options(demo, tmp_path))
     two = rows(tmp_path)
     for name in ("loss", "margin", "kl", "grad_norm"):
         torch.testing.assert_close([r[name] for r in two], [r[name] for r in found], rtol=1e-5, atol=1e-7)
@@ -83,11 +82,11 @@ def test_two_ranks_equal_one(base, demo, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["adapter_off", "cache"])
-def test_a_rank_without_samples_keeps_in_step(demo, tmp_path, mode):
+def test_a_rank_without_samples_keeps_in_step(demo, tmp_path, mode, two_ranks):
     """One prompt a step on two ranks: the other rank's micro-batch is empty."""
     more = (f"reference.mode={mode}", "batch.prompts=1", "optim.steps=2")
     one = run(demo, tmp_path / "one", *more)
-    subprocess.run(command(demo, tmp_path / "two", *more, ranks=2), check=True, cwd=ROOT, env=ENVIRONMENT)
+    two_ranks(str(RECIPE), *options(demo, tmp_path / "two", *more))
     for mine, other in zip(one, rows(tmp_path / "two"), strict=True):
         for name in ("loss", "kl", "grad_norm"):
             assert other[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-9)
@@ -125,17 +124,13 @@ def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(base, demo, tmp_p
     process.wait()
     (tmp_path / "checkpoints" / "step_000004.tmp").mkdir(exist_ok=True)  # a half-written one is not picked up
     (tmp_path / "checkpoints" / "step_000004").exists() and pytest.fail("the run ended before it was killed")
-    subprocess.run(
-        command(demo, tmp_path, "save_every=2"), check=True, env=ENVIRONMENT, capture_output=True, timeout=200
-    )
-    assert numbers(rows(tmp_path)) == numbers(found)
+    assert numbers(run(demo, tmp_path, "save_every=2")) == numbers(found)
     assert all(torch.equal(w, adapter(tmp_path)[name]) for name, w in adapter(out).items())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_and_exits_with_0(demo, tmp_path, workers):
-    """Sent to the process group, as a terminal or a scheduler does: the loader's workers stay until the run is done."""
-    line = command(demo, tmp_path, "optim.steps=500", f"data.workers={workers}")
+def test_sigterm_saves_and_exits_with_0(demo, tmp_path):
+    """Sent to the process group, as a terminal or a scheduler does: the loader's worker stays until the run is done."""
+    line = command(demo, tmp_path, "optim.steps=500", "data.workers=1")
     process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / "metrics.jsonl", process, lambda file: file.read_text().count("\n") >= 2)
     os.killpg(process.pid, signal.SIGTERM)
@@ -143,6 +138,21 @@ def test_sigterm_saves_and_exits_with_0(demo, tmp_path, workers):
     assert process.returncode == 0 and "stopped by SIGTERM" in output
     last = rows(tmp_path)[-1]["step"]
     assert (tmp_path / "checkpoints" / f"step_{last:06d}" / "state.json").exists()
+
+
+def test_sigterm_without_workers(demo, tmp_path, monkeypatch):
+    """In this process, in the middle of its first step."""
+    kept, step = signal.getsignal(signal.SIGTERM), fit_module.train_step
+    monkeypatch.setattr(
+        fit_module, "train_step", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), step(*given))[1]
+    )
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main([str(RECIPE), *options(demo, tmp_path, "optim.steps=500")])
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    assert stop.value.code == 0 and [row["step"] for row in rows(tmp_path)] == [1]
+    assert (tmp_path / "checkpoints" / "step_000001" / "state.json").exists()
 
 
 def wait_for(path: Path, process: subprocess.Popen, ready=lambda _: True) -> None:

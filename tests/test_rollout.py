@@ -1,8 +1,6 @@
 """Whole GRPO runs on the tiny model: ranks, resuming, several updates on one rollout, what is refused."""
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from fastpo.config import load
 from fastpo.fit import fit
 from fastpo.models import chat
 from fastpo.sample import Response, Sample
-from tests.test_fit import ENVIRONMENT, ROOT, adapter, rows
+from tests.test_fit import adapter, rows
 
 CONFIG = """
 out: {out}
@@ -77,10 +75,9 @@ def test_answers_rewards_and_metrics_are_written(base):
     assert steps[0]["clip_high"] == steps[0]["clip_low"] == 0 and abs(steps[1]["loss"]) > 1e-4
 
 
-def test_two_ranks_equal_one(base, demo, tmp_path):
+def test_two_ranks_equal_one(base, demo, tmp_path, two_ranks):
     out = tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "fastpo.train"]
-    subprocess.run([*launch, str(config(demo, out))], check=True, cwd=ROOT, env=ENVIRONMENT)
+    two_ranks(str(config(demo, out)))
     key = lambda row: (row["step"], Path(row["key"]).name)  # noqa: E731
     mine = [(*key(row), row["answer"], row["reward"]) for row in sorted(answers(base), key=key)]
     theirs = [(*key(row), row["answer"], row["reward"]) for row in sorted(answers(out), key=key)]

@@ -1,5 +1,4 @@
 import math
-import subprocess
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -15,7 +14,7 @@ from fastpo.models.vision import chunk_frames
 from fastpo_kernels.vision_splice import vision_splice
 from tests import parity, tiny, tiny_families
 from tests.memory import peak_bytes
-from tests.test_fit import ENVIRONMENT, command, rows
+from tests.test_fit import RECIPE, options, rows
 from tests.test_fit import run as fit_rows
 
 FRAMES = (16, 64, 256)
@@ -144,14 +143,13 @@ def test_llava_video_in_chunks_of_frames():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_ranks_agree_on_the_calls_of_the_tower(demo, tmp_path):
+def test_ranks_agree_on_the_calls_of_the_tower(demo, tmp_path, two_ranks):
     """Three videos of four frames in a step on two ranks, the projector trained, ZeRO-3: 3 calls for 8 frames, and as
     many on the rank with 4."""
     more = ["batch.prompts=3", "optim.steps=2", "optim.warmup=0", "reference.mode=copy", "model.train_projector=true"]
     found = fit_rows(demo, tmp_path / "whole", *more)
     chunks = ["model.frames_per_chunk=3", "model.mlp_tile=64"]
-    line = command(demo, tmp_path / "chunked", *more, *chunks, ranks=2)
-    subprocess.run(line, check=True, env=ENVIRONMENT, capture_output=True, timeout=200)
+    two_ranks(str(RECIPE), *options(demo, tmp_path / "chunked", *more, *chunks))
     for one, two in zip(found, rows(tmp_path / "chunked"), strict=True):
         for name in ("loss", "kl", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-9)
