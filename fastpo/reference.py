@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastpo.config import Run
+from fastpo.data.media import files_of
 from fastpo.sample import Encoded, MicroBatch, Sample
 
 BLOCK, BLOCKS = 1 << 16, 64  # bytes read per place and places per weight file: 4 MiB tell two checkpoints apart
@@ -58,7 +59,7 @@ def model_fingerprint(folder: Path) -> str:
 
 def sample_name(sample: Sample, encoded: Encoded) -> str:
     """File name bound to the tokens, the scores and the media files (path and size)."""
-    digest = hashlib.sha256(repr([(str(m.path), m.path.stat().st_size) for m in sample.media]).encode())
+    digest = hashlib.sha256(repr([(str(f), f.stat().st_size) for m in sample.media for f in files_of(m)]).encode())
     digest.update(repr((encoded.prompt.tolist(), [r.tolist() for r in encoded.responses], encoded.scores)).encode())
     return digest.hexdigest()[:32] + ".safetensors"
 

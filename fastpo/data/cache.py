@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fastpo.data.media import files_of
 from fastpo.sample import Media, Sample
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ SPARE = 0.1  # of the limit that one clearing frees, so that not every write has
 
 def key(media: Sequence[Media], facts: str) -> str:
     """What the pixels of these files depend on: kind, path, size and time of change of each, and `facts`."""
-    stats = [(m, m.path.stat()) for m in media]
-    files = [(m.kind, str(m.path.resolve()), s.st_size, s.st_mtime_ns) for m, s in stats]
-    return hashlib.sha256(repr((files, facts)).encode()).hexdigest()[:32]
+    stats = [(m.kind, file, file.stat()) for m in media for file in files_of(m)]
+    found = [(kind, str(file.resolve()), s.st_size, s.st_mtime_ns) for kind, file, s in stats]
+    return hashlib.sha256(repr((found, facts)).encode()).hexdigest()[:32]
 
 
 def pixels(
@@ -38,7 +39,7 @@ def pixels(
 
     facts: what `make` depends on beside the media. Raises what `make` raises, and nothing of it is kept.
     """
-    if not all(item.path.is_file() for item in sample.media):
+    if not all(item.path.exists() for item in sample.media):
         return make(sample)  # which says what is missing
     file = folder / f"{key(sample.media, facts)}.safetensors"
     found = read(file)

@@ -1,10 +1,11 @@
 """Pixels from files: uniformly sampled frames as uint8, resized the way SigLIP's processor does it.
 
 PyAV reads every video's packets first (no decoding), so that a broken file is refused before a decoder sees it; decord
-decodes, and PyAV where decord cannot.
+decodes, and PyAV where decord cannot. A video may also be a folder with a picture for each frame.
 """
 
 import logging
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Containers that store every packet's time stamp. In the others (avi, mpeg, ts, ...) FFmpeg makes some up.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+FRAME = frozenset((".jpg", ".jpeg", ".png"))  # of a folder of frames
 
 
 class Clip(NamedTuple):
@@ -54,6 +56,8 @@ def decode(media: Media, frames: int) -> np.ndarray:
     BadSample naming the file for one that is missing, empty, truncated, without video, or that does not decode.
     """
     assert frames > 0
+    if media.path.is_dir():
+        return _folder(media.path, frames)
     if not media.path.is_file():
         raise BadSample(f"{media.path}: no such file")
     if media.path.stat().st_size == 0:
@@ -81,12 +85,19 @@ def frame_count(media: Media, sampling: Sampling) -> int:
         return 1
     if sampling.fps is None:
         return sampling.frames
-    return max(1, min(sampling.frames, round(duration(media.path) * sampling.fps)))
+    return max(1, min(sampling.frames, round(duration(media.path, sampling.fps) * sampling.fps)))
 
 
 @lru_cache(maxsize=65_536)
-def duration(path: Path) -> float:
-    """Seconds that a video lasts, from its packets. Raises BadSample where they do not say."""
+def duration(path: Path, fps: float | None = None) -> float:
+    """Seconds that a video lasts, from its packets. Raises BadSample where they do not say.
+
+    fps: data.fps, which is the rate at which the pictures of a folder were taken; a folder without it is BadSample.
+    """
+    if path.is_dir():
+        if fps is None:
+            raise BadSample(f"{path}: a folder of frames has no times; set data.fps to the rate they were taken at")
+        return len(pictures(path)) / fps
     with _opened(path) as (container, stream):
         if container.duration:
             return container.duration / av.time_base
@@ -99,6 +110,8 @@ def duration(path: Path) -> float:
 def size(media: Media) -> tuple[int, int]:
     """(height, width) that `decode` gives it: from an image's header, or a video's first frame, which alone says how it
     is turned. Raises BadSample."""
+    if media.path.is_dir():
+        return image_size(pictures(media.path)[0])
     if media.kind == "image" or media.path.suffix.lower() == ".gif":
         try:
             with Image.open(media.path) as image:
@@ -123,10 +136,48 @@ def image_size(path: Path) -> tuple[int, int]:
         raise BadSample(f"{path}: not a readable image: {error}") from error
 
 
-def frame_times(path: Path, frames: int) -> tuple[float, list[float]]:
-    """Seconds that a video lasts, and at which its frames k * len / frames are shown, from its packets."""
-    seconds, count = duration(path), read_clip(path).frames
+def frame_times(path: Path, frames: int, fps: float | None = None) -> tuple[float, list[float]]:
+    """Seconds that a video lasts, and at which its frames k * len / frames are shown, from its packets. fps: see
+    `duration`."""
+    seconds = duration(path, fps)
+    count = len(pictures(path)) if path.is_dir() else read_clip(path).frames
     return seconds, [i * seconds / count for i in uniform(count, frames)]
+
+
+def files_of(media: Media) -> list[Path]:
+    """The file, or the pictures of a folder. Raises BadSample as `pictures`."""
+    return pictures(media.path) if media.path.is_dir() else [media.path]
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The frames of a folder in the order of the numbers in their names. Raises BadSample for one that holds none, or
+    anything else."""
+    try:
+        found = sorted(folder.iterdir(), key=lambda path: _natural(path.name))
+    except OSError as error:
+        raise BadSample(f"{folder}: not a readable folder: {error.strerror}") from error
+    if not found:
+        raise BadSample(f"{folder}: no frames, the folder is empty")
+    for path in found:
+        if path.suffix.lower() not in FRAME or not path.is_file():
+            raise BadSample(f"{folder}: holds {path.name}, which is no frame ({' '.join(sorted(FRAME))})")
+    return found
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """frame_9 before frame_10. Text and numbers take turns, so that they are never compared."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
+
+
+def _folder(path: Path, frames: int) -> np.ndarray:
+    names = pictures(path)
+    wanted = uniform(len(names), frames)
+    found = {i: _pillow(Media(kind="image", path=names[i]), 1)[0] for i in sorted({*wanted})}
+    shapes = {image.shape: names[i].name for i, image in found.items()}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{name} {shape[1]} x {shape[0]}" for shape, name in shapes.items())
+        raise BadSample(f"{path}: its frames differ in size: {sizes}")
+    return np.stack([found[i] for i in wanted])
 
 
 def resize(frames: np.ndarray, size: int | tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fastpo.data.media import pictures
 from fastpo.data.phrases import TAG
 from fastpo.sample import BadSample, Media, Response
 
@@ -133,15 +134,24 @@ def media_list(row: Row, where: str, media_root: Path, *also: str) -> tuple[Medi
 
 
 def media(value: Any, where: str, key: str, media_root: Path) -> Media:
-    """A relative path is below media_root, also after "..", but a link there may lead anywhere: its owner made it."""
+    """A relative path is below media_root, also after "..", but a link there may lead anywhere: its owner made it.
+
+    A folder is a video, its pictures the frames.
+    """
     if not isinstance(value, str) or not value.strip():
         raise bad(where, key, f"expected a path, got {value!r:.80}")
-    suffix = Path(value).suffix.lower()
-    if suffix not in VIDEO | IMAGE:
-        raise bad(where, key, f"{value}: neither a video ({' '.join(sorted(VIDEO))}) nor an image suffix")
-    if Path(os.path.normpath(value)).parts[0] == "..":
+    path, suffix = media_root / value, Path(value).suffix.lower()
+    folder = os.path.isdir(path)
+    if suffix not in VIDEO | IMAGE and not folder:
+        raise bad(where, key, f"{value}: neither a video ({' '.join(sorted(VIDEO))}) nor an image suffix, nor a folder")
+    if Path(os.path.normpath(value)).parts[:1] == ("..",):
         raise bad(where, key, f"{value}: leads out of data.media_root")
-    path = media_root / value
+    if folder:
+        try:
+            pictures(path)
+        except BadSample as error:
+            raise bad(where, key, str(error)) from None
+        return Media(kind="video", path=path)
     if not os.path.isfile(path):
         raise bad(where, key, f"{path}: no such file")
     if os.path.getsize(path) == 0:
