@@ -146,15 +146,21 @@ def _token(p: Processor, item: Media) -> int:
 
 
 def _marked(p: Processor, item: Media, shape: Shape, sampling: Sampling) -> str:
-    """What stands for an item in the text: one media token between marks, Qwen3-VL: one for each pair of frames."""
+    """What stands for an item in the text: one media token between marks.
+
+    Qwen3-VL's videos: one for each pair of frames, behind its time, and marks around all of them. transformers keeps
+    these, which the chat templates write, since 5.10; before it left them out.
+    """
     around = [p.config.vision_start_token_id, _token(p, item), p.config.vision_end_token_id]
-    mark = "".join(p.chat.tokenizer.convert_ids_to_tokens(around))
+    start, token, end = p.chat.tokenizer.convert_ids_to_tokens(around)
+    mark = f"{start}{token}{end}"
     if item.kind == "image" or not p.stamped:
         return mark
     frames, pair = media.frame_count(item, sampling), p.config.vision_config.temporal_patch_size
-    seconds = [min(k, frames - 1) * media.duration(item.path, sampling.fps) / frames for k in range(shape[0] * pair)]
-    means = [(seconds[k] + seconds[k + pair - 1]) / 2 for k in range(0, len(seconds), pair)]
-    return "".join(f"<{second:.1f} seconds>{mark}" for second in means)
+    shown = media.frame_times(item.path, frames, sampling.fps)[1]
+    shown += shown[-1:] * (shape[0] * pair - frames)
+    means = [(shown[k] + shown[k + pair - 1]) / 2 for k in range(0, len(shown), pair)]
+    return start + "".join(f"<{second:.1f} seconds>{mark}" for second in means) + end
 
 
 def _shape(p: Processor, item: Media, sampling: Sampling) -> Shape:

@@ -97,8 +97,7 @@ def test_ids_grid_and_pixels_are_the_processors(setup):
             rows.append(patches[0])
             meta = SimpleNamespace(fps=5, frames_indices=[0, 4, 8])
             pads = theirs.replace_video_token(tools, {"video_grid_thw": encoded.grid[[i]], "video_metadata": [meta]}, 0)
-            marked = pads if p.stamped else f"<|vision_start|>{pads}<|vision_end|>"
-            question = question.replace("<video>", marked, 1)
+            question = question.replace("<video>", f"<|vision_start|>{pads}<|vision_end|>", 1)
         text = p.chat.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
