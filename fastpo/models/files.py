@@ -2,10 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 VALUE_HEAD = "value_head.safetensors"  # of a critic or a reward model, beside the adapter or the model
 PATTERNS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.jinja", "*processor_config*")
+
+# Where transformers before 5 wrote what is now a part of processor_config.json; videos without a file: as images.
+SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "image_processor": ("preprocessor_config.json",),
+        "video_processor": ("video_preprocessor_config.json", "preprocessor_config.json"),
+    }
+)
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -23,8 +34,26 @@ def checked(path: str, model_type: str, how_to: str) -> Path:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != model_type:
         raise ValueError(f"model.path: {folder} has model_type {kind!r}, expected {model_type!r}. {how_to}")
-    missing = [name for name in ("tokenizer.json", "preprocessor_config.json") if not (folder / name).is_file()]
-    missing += [] if any(folder.glob("*.safetensors")) else ["*.safetensors weights"]
+    there = {
+        "tokenizer.json": (folder / "tokenizer.json").is_file(),
+        "preprocessor_config.json": bool(settings(folder, "image_processor")[1]),
+        "*.safetensors weights": any(folder.glob("*.safetensors")),
+    }
+    missing = [name for name, found in there.items() if not found]
     if missing:
         raise ValueError(f"model.path: {folder} lacks {', '.join(missing)}. {how_to}")
     return folder
+
+
+def settings(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
+    """The file with the settings of "image_processor" or "video_processor", and these; empty where there are none.
+
+    Looked for as transformers 5.23 does, image_processing_base.py and video_processing_utils.py:
+    processor_config.json wins where it holds them.
+    """
+    whole = folder / "processor_config.json"
+    if whole.is_file() and (found := json.loads(whole.read_text()).get(part)):
+        return whole, found
+    files = [folder / name for name in SETTINGS[part]]
+    file = next((file for file in files if file.is_file()), files[-1])
+    return file, json.loads(file.read_text()) if file.is_file() else {}

@@ -4,7 +4,6 @@ Per frame the g x g patch grid is pooled 2 x 2 and `image_newline` follows every
 one newline per video. Facts: pritamqu/RRPO a905573, llava/model/llava_arch.py get_2dPool, add_token_per_grid.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -59,7 +58,7 @@ def processor(cfg: Model) -> Processor:
     folder = files.checked(cfg.path, "llava_onevision", HOW_TO)
     config = AutoConfig.from_pretrained(folder)
     talk = chat.read(folder, cfg.question_role)
-    image = json.loads((folder / "preprocessor_config.json").read_text())
+    _, image = files.settings(folder, "image_processor")
     return Processor(
         chat=talk,
         video_token=str(talk.tokenizer.convert_ids_to_tokens(config.video_token_id)),

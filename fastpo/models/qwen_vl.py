@@ -5,7 +5,6 @@ frames; an image, or a last odd frame, is repeated. Facts: transformers 5.23, mo
 image_processing_pil_qwen2_vl.py, models/qwen3_vl/video_processing_qwen3_vl.py and processing_qwen3_vl.py.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -91,10 +90,7 @@ def _limited(pixels: tuple[int, int], cfg: Model) -> tuple[int, int]:
 
 
 def _video_pixels(folder: Path) -> tuple[int, int]:
-    """From video_preprocessor_config.json, without it from the image's file, as transformers' AutoVideoProcessor."""
-    own = folder / "video_preprocessor_config.json"
-    file = own if own.is_file() else folder / "preprocessor_config.json"
-    settings = json.loads(file.read_text())
+    file, settings = files.settings(folder, "video_processor")
     size = settings.get("size") or {}
     low = settings.get("min_pixels") or size.get("shortest_edge")
     high = settings.get("max_pixels") or size.get("longest_edge")
