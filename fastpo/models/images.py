@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from fastpo.data import media
+from fastpo.models import files
 from fastpo.sample import Media
 
 
@@ -55,6 +56,20 @@ def settings(folder: Path, side: int) -> Settings:
         std=tuple(p.image_std),
         pinpoints=pinpoints,
     )
+
+
+def check_frames(folder: Path, side: int | None) -> None:
+    """Raises ValueError where a folder's videos have another mean or deviation than its images, another resampling than
+    bicubic or, with side, another size."""
+    _, still = files.settings(folder, "image_processor")
+    file, moving = files.settings(folder, "video_processor")
+    wanted: dict[str, Any] = {key: still[key] for key in ("image_mean", "image_std") if key in still}
+    wanted["resample"] = Image.Resampling.BICUBIC.value
+    if side is not None:
+        wanted["size"] = dict(height=side, width=side)
+    for key, want in wanted.items():
+        if moving.get(key, want) != want:
+            raise ValueError(f"model.path: {file}: {key} of videos is {moving[key]}, only {want} is supported")
 
 
 def read(item: Media) -> Image.Image:

@@ -62,6 +62,7 @@ def processor(cfg: Model) -> Processor:
             f"model.path: {folder}/preprocessor_config.json makes tiles of {image.size['height']} x "
             f"{image.size['width']} pixels by resample {image.resample}; expected {side[0]} x {side[1]} by 3 (bicubic)"
         )
+    images.check_frames(folder, side[0])
     patches = side[0] // config.vision_config.patch_size[0]
     return Processor(
         chat=talk,

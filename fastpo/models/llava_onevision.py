@@ -40,6 +40,7 @@ def processor(cfg: Model) -> Processor:
     kind, _, limit = config.vision_aspect_ratio.rpartition("_")
     if kind != "anyres_max" or not limit.isdigit():
         raise ValueError(f"model.path: {folder}: vision_aspect_ratio {config.vision_aspect_ratio!r}, not anyres_max_N")
+    images.check_frames(folder, config.vision_config.image_size)
     return replace(llava_next.tiled(cfg, folder, config), video_token_id=config.video_token_id, limit=int(limit))
 
 

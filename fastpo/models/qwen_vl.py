@@ -61,6 +61,7 @@ class Processor:
     std: tuple[float, ...]
     image_pixels: tuple[int, int]  # fewest and most of an image
     video_pixels: tuple[int, int]  # of a frame; Qwen3-VL: of all frames together
+    video_tokens: int | None  # most of a video, Qwen3-VL: of a frame, where the folder has cap_pixels_per_frame
 
     @property
     def stamped(self) -> bool:
@@ -72,6 +73,7 @@ def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and limits. Raises ValueError where the folder lacks something."""
     folder = files.checked(cfg.path, cfg.family, HOW_TO)
     image: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images.check_frames(folder, side=None)
     return Processor(
         chat=chat.read(folder, cfg.question_role),
         config=AutoConfig.from_pretrained(folder),
@@ -79,6 +81,7 @@ def processor(cfg: Model) -> Processor:
         std=tuple(image.image_std),
         image_pixels=_limited((image.size["shortest_edge"], image.size["longest_edge"]), cfg),
         video_pixels=_limited(_video_pixels(folder), cfg),
+        video_tokens=_video_tokens(folder, cfg.family),
     )
 
 
@@ -99,6 +102,14 @@ def _video_pixels(folder: Path) -> tuple[int, int]:
             f"model.path: {file} says neither min_pixels and max_pixels nor size: its limits are not known"
         )
     return low, high
+
+
+def _video_tokens(folder: Path, family: str) -> int | None:
+    """max_video_tokens, where the settings of videos ask for qwen-vl-utils' rule (transformers 5.22 and later)."""
+    _, settings = files.settings(folder, "video_processor")
+    if not settings.get("cap_pixels_per_frame"):
+        return None
+    return settings.get("max_video_tokens", 768 if family == "qwen3_vl" else 128_000)
 
 
 def load(cfg: Model) -> PreTrainedModel:
@@ -165,12 +176,24 @@ def _shape(p: Processor, item: Media, sampling: Sampling) -> Shape:
     frames, (height, width) = media.frame_count(item, sampling), media.size(item)
     if max(height, width) > 200 * min(height, width):
         raise BadSample(f"{item.path}: {width} x {height} pixels, more than 200 times as long as wide")
-    low, high = p.video_pixels if item.kind == "video" else p.image_pixels
+    low, high = (p.video_pixels[0], _most(p, frames)) if item.kind == "video" else p.image_pixels
     together = max(frames, v.temporal_patch_size) if item.kind == "video" and p.stamped else None
     height, width = fitted(
         height, width, factor=v.patch_size * v.spatial_merge_size, low=low, high=high, frames=together
     )
     return -(-frames // v.temporal_patch_size), height // v.patch_size, width // v.patch_size
+
+
+def _most(p: Processor, frames: int) -> int:
+    """Pixels of a frame of a video with so many, Qwen3-VL: of all of them: models/qwen*_vl/video_processing*.resize."""
+    (low, high), v = p.video_pixels, p.config.vision_config
+    if p.video_tokens is None:
+        return high
+    pixels = p.video_tokens * (v.patch_size * v.spatial_merge_size) ** 2
+    least = int(1.05 * low)
+    if p.stamped:
+        return frames * max(min(pixels, high // frames), least)
+    return max(min(high, int(0.9 * pixels) * v.temporal_patch_size // frames), least)
 
 
 def fitted(height: int, width: int, *, factor: int, low: int, high: int, frames: int | None = None) -> tuple[int, int]:
