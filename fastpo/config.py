@@ -100,6 +100,7 @@ class Model(Section):
     max_pixels: Count | None = None  # Qwen-VL: of an image or a frame; None: the checkpoint's own limit
     question_role: str = "user"  # under which the model itself asks (SPO: vuser)
     gradient_checkpointing: bool = True
+    cache_features: bool = False  # keep what frozen tower and projector say of a sample in data.cache, for all runs
     frames_per_chunk: Count | None = None  # pictures in one call of the vision tower; None: all of a row
     mlp_tile: Count | None = None  # tokens in one piece of the language model's MLPs; None: all of a row
     lora: Lora | None = Lora()
@@ -246,16 +247,31 @@ class Run(Section):
             raise ValueError(f"model.time_instruction is of family llava_video, not {model.family}")
         if model.frames_per_chunk and model.family not in CHUNKED:
             raise ValueError(f"model.frames_per_chunk is of families {', '.join(CHUNKED)}, not {model.family}")
+        if model.cache_features:
+            _features_can_be_kept(self)
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
             raise ValueError("model: every train_* key is false, nothing would be trained")
         return self
+
+
+def _features_can_be_kept(run: Run) -> None:
+    """Raises ValueError where visual features cannot be kept, or nothing would read them."""
+    if run.data.cache is None:
+        raise ValueError("model.cache_features needs data.cache, the folder to keep them in")
+    trained = [k for k in ("train_vision", "train_projector") if getattr(run.model, k)]
+    if trained:
+        raise ValueError(f"model.cache_features keeps what would change with model.{trained[0]}: true")
+    if run.rollout is not None:
+        raise ValueError("model.cache_features is not for a rollout: its answers are sampled from pictures")
 
 
 def warmup_run(run: Run) -> Run:
     """The supervised stage that comes before `run`: all weights, better responses only, no reference."""
     assert run.warmup is not None
     model = (
-        run.model.model_dump() | dict.fromkeys(("train_vision", "train_projector", "train_head"), True) | {"lora": None}
+        run.model.model_dump()
+        | dict.fromkeys(("train_vision", "train_projector", "train_head"), True)
+        | {"lora": None, "cache_features": False}
     )
     stage = run.model_dump() | {
         "out": run.out / "warmup",

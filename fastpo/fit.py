@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +27,11 @@ from fastpo.config import Run
 from fastpo.data import cache, loader, synthetic
 from fastpo.data.loader import Feed, Table
 from fastpo.engine import Engine, init_distributed, sharded_loading
-from fastpo.models import FAMILIES, trainable
+from fastpo.models import FAMILIES, feature_cache, trainable
 from fastpo.models.policy import Policy
 from fastpo.models.tiled_mlp import tile_mlp
 from fastpo.plugins import resolve
-from fastpo.sample import MicroBatch, Sampling
+from fastpo.sample import Encoded, Media, MicroBatch, Sampling
 from fastpo.step import eval_pass, meter_for, train_step
 from fastpo_kernels import losses
 
@@ -61,6 +62,8 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
         metrics.list_skipped(run.out, [*table.skipped, *(held_out.skipped if held_out else [])])
 
     engine = Engine(run, make_policy(run, losses.needs(objective), device), total)
+    if run.model.cache_features:
+        feed = replace(feed, look=feature_look(run, engine))
     scorer = reward_model.load(run, device) if run.rollout and run.rollout.reward_model else None
     attach = _reference_cache(run, engine, feed, [table, held_out] if held_out else [table])
     start = checkpoint.load(engine, resume) if resume else 0
@@ -73,7 +76,7 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     windows = (
         rollout.windows(engine, feed, table, order, run, meter, start, scorer)
         if run.rollout
-        else _ready(run, feed.windows(table, order), attach)
+        else _ready(run, _windows(run, engine, feed, table, order), attach)
     )
     stop = stop or threading.Event()
     log = metrics.Log(
@@ -86,7 +89,8 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
             means = rollout.mean_rewards(engine, feed, held_out, run, scorer)
             log.write(step, {f"eval/{name}": value for name, value in means.items()})
         elif held_out is not None:
-            rows = _ready(run, feed.windows(held_out, loader.in_order(len(held_out), run.batch.prompts)), attach)
+            steps = loader.in_order(len(held_out), run.batch.prompts)
+            rows = _ready(run, _windows(run, engine, feed, held_out, steps), attach)
             means = eval_pass(engine, rows, objective, meter_for(objective, engine.device))
             log.write(step, {f"eval/{name}": value for name, value in means.items()})
 
@@ -148,7 +152,7 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
     sampling = Sampling(frames=run.data.frames, fps=run.data.fps)
     pixels = partial(family.pixels, processor, sampling=sampling)
     if run.data.cache is not None:
-        pixels = partial(cache.pixels, pixels, run.data.cache, round(run.data.cache_gib * 2**30), picture_facts(run))
+        pixels = partial(cache.pixels, pixels, run.data.cache, cache_bytes(run), picture_facts(run))
     return Feed(
         data=run.data,
         encode=partial(family.encode, processor, sampling=sampling),
@@ -165,7 +169,28 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
 def picture_facts(run: Run) -> str:
     """What the pixels of a sample depend on beside its media: program, family, sampling, the folder's settings."""
     settings = [file.read_text() for file in sorted(Path(run.model.path).glob("*config.json"))]
-    return repr((fastpo.__version__, run.model.family, run.data.frames, run.data.fps, settings))
+    sampling = (run.data.frames, run.data.fps, run.model.max_pixels)
+    return repr((fastpo.__version__, run.model.family, sampling, settings))
+
+
+def feature_look(run: Run, engine: Engine) -> Callable[[Encoded, Sequence[Media]], Encoded]:
+    """Finds a sample's cached features: of its pixels, the weights that see them and what runs these.
+
+    Collective. Raises ValueError where an adapter changes the weights.
+    """
+    policy = engine.policy
+    if policy.train_features:
+        raise ValueError("model.cache_features keeps what would change with model.lora.target, which adapts the tower")
+    assert run.data.cache is not None
+    weights = feature_cache.fingerprint(policy.core, policy.family.parts, engine.gathered)
+    programs = (version("torch"), version("transformers"), engine.device.type)
+    facts = repr((picture_facts(run), run.model.pooling, run.model.dtype, programs, weights))
+    return partial(feature_cache.look, run.data.cache, facts)
+
+
+def cache_bytes(run: Run) -> int:
+    """The most that data.cache may hold."""
+    return round(run.data.cache_gib * 2**30)
 
 
 def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
@@ -201,6 +226,7 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
         backend=run.backend,
         temperature=run.rollout.generation.temperature if run.rollout else 1.0,
         frames_per_chunk=run.model.frames_per_chunk,
+        feature_bytes=cache_bytes(run),
     )
 
 
@@ -239,13 +265,21 @@ def _reference_cache(run: Run, engine: Engine, feed: Feed, tables: list[Table]) 
     engine.train(False)
     for table, lacking in zip(tables, missing, strict=True):
         steps = [lacking[i : i + run.batch.prompts] for i in range(0, len(lacking), run.batch.prompts)]
-        for window in feed.windows(table, steps):
+        for window in _windows(run, engine, feed, table, steps):
             for batch in window:
                 logp, hidden = engine.record(batch.to(engine.device))
                 reference.store(folder, names, batch, logp, hidden if policy.wants_kl else None)
     dist.barrier()
     engine.train()
     return partial(reference.attach, folder, names)
+
+
+def _windows(
+    run: Run, engine: Engine, feed: Feed, table: Table, steps: Sequence[Sequence[int]]
+) -> Iterator[list[MicroBatch]]:
+    """feed.windows, where features are cached with as many calls of the vision tower on every rank. Collective."""
+    for window in feed.windows(table, steps):
+        yield [feature_cache.agreed(batch, run.model.frames_per_chunk, engine.all_max) for batch in window]
 
 
 def _ready(run: Run, rows: Iterable[list[MicroBatch]], attach: Attach) -> Iterator[list[MicroBatch]]:

@@ -68,6 +68,18 @@ class Sample:
     phrases: Literal["tagged", "different"] = "tagged"
 
 
+Features = Tensor | tuple[Tensor, ...]  # what a family's `vision` returns
+
+
+class Shown(NamedTuple):
+    """The pictures of one sample where features are cached: in `file`, either found or still to be made of pixels."""
+
+    file: Path
+    features: Features | None
+    pixels: Tensor | None
+    grid: Tensor | None
+
+
 class Size(NamedTuple):
     """What a sample takes: tokens of the packed row, patches of the vision tower."""
 
@@ -93,6 +105,7 @@ class Encoded:
     prompt, None: counted from 0. patches: what the vision tower reads, in patches.
     pixels: uint8, [F, 3, h, w] or rows of patches, None before decoding or without media; grid: [items, c] int64, what
     the family needs to know of each item (frames, height, width, ...).
+    file, features: of the feature cache; where features were found, nothing is decoded.
     """
 
     key: str
@@ -106,6 +119,8 @@ class Encoded:
     patches: int = 0
     pixels: Tensor | None = None
     grid: Tensor | None = None
+    file: Path | None = None
+    features: Features | None = None
 
     @property
     def tokens(self) -> int:
@@ -126,6 +141,8 @@ class MicroBatch:
     ref_logp: [N], ref_hidden: [N, H], from the reference cache (rows without KL are 0).
     last: [S] place in the row of each response's last token. given: what a loss reads of a rollout (old_logp [N], ...).
     calls: at least as many calls of the vision tower are made for this row, where it runs in chunks.
+    shown: with cached features, the samples that show something, in row order, on the CPU; pixels is empty then, and
+    calls may be 0.
     """
 
     ids: Tensor
@@ -144,6 +161,7 @@ class MicroBatch:
     ref_hidden: Tensor | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
     calls: int = 1
+    shown: tuple[Shown, ...] = ()
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "better"}

@@ -42,16 +42,23 @@ def pixels(
     if not all(item.path.exists() for item in sample.media):
         return make(sample)  # which says what is missing
     file = folder / f"{key(sample.media, facts)}.safetensors"
-    found = read(file)
-    if found is not None:
-        with suppress(FileNotFoundError):
-            os.utime(file)
-        return found["pixels"]
+    kept = found(file)
+    if kept is not None:
+        return kept["pixels"]
     made = make(sample)
     if made is not None and made.nbytes <= limit:
         write(file, {"pixels": made})
         clear(folder, limit)
     return made
+
+
+def found(file: Path) -> dict[str, Tensor] | None:
+    """What `read` returns, and the file counts as used now."""
+    tensors = read(file)
+    if tensors is not None:
+        with suppress(FileNotFoundError):
+            os.utime(file)
+    return tensors
 
 
 def read(file: Path) -> dict[str, Tensor] | None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastpo.config import Batch, Data, Source
 from fastpo.data import mix
 from fastpo.data.pack import pack, plan, spread
-from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Size
+from fastpo.sample import BadSample, Encoded, Media, MicroBatch, Sample, Size
 
 Keep = Literal["all", "best", "none"]
 Skipped = list[tuple[str, str]]  # (key, reason)
@@ -36,9 +36,16 @@ class Table:
         return len(self.samples)
 
 
+def _as_it_is(encoded: Encoded, media: Sequence[Media]) -> Encoded:
+    return encoded
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """How this rank turns rows into micro-batches. encode(sample) -> Encoded without pixels; pixels(sample) decodes."""
+    """How this rank turns rows into micro-batches. encode(sample) -> Encoded without pixels; pixels(sample) decodes.
+
+    look: finds a sample's cached features by its media, so that it is not decoded.
+    """
 
     data: Data
     encode: Callable[[Sample], Encoded]
@@ -49,6 +56,7 @@ class Feed:
     ranks: int
     frames_per_chunk: int | None = None
     seed: int = 0  # of the rows that a rule draws
+    look: Callable[[Encoded, Sequence[Media]], Encoded] = _as_it_is
 
     @property
     def budget(self) -> Size:
@@ -91,7 +99,7 @@ class Feed:
         """For each step (sample indices of all ranks together) this rank's micro-batches, as many on every rank."""
         plans = [self.plan(table, chosen) for chosen in steps]
         mine = [row for shares in plans for row in shares[self.rank]]
-        decoded = self._decoded(table, mine, partial(_packed, self.blank))
+        decoded = self._decoded(table, mine, partial(_packed, self))
         for shares in plans:
             patches = [[sum(table.encoded[n].patches for n in row) for row in rows] for rows in shares]
             yield [replace(next(decoded), calls=self.calls(max(same))) for same in zip(*patches, strict=True)]
@@ -166,7 +174,8 @@ class _Rows(Dataset):
         for n in self.rows[i]:
             sample = self.table.samples[n]
             try:
-                decoded.append(replace(self.table.encoded[n], pixels=self.feed.pixels(sample)))
+                seen = self.feed.look(self.table.encoded[n], sample.media)
+                decoded.append(seen if seen.features is not None else replace(seen, pixels=self.feed.pixels(sample)))
             except BadSample as error:
                 if self.feed.data.on_bad_sample == "error":
                     return BadSample(f"{sample.key}: {error}")
@@ -174,8 +183,9 @@ class _Rows(Dataset):
         return self.make(decoded, skipped)
 
 
-def _packed(blank: Encoded, decoded: list[Encoded], skipped: Skipped) -> MicroBatch:
-    return pack(decoded, blank, skipped)
+def _packed(feed: Feed, decoded: list[Encoded], skipped: Skipped) -> MicroBatch:
+    show = any(e.pixels is not None or e.features is not None for e in decoded)
+    return pack(decoded, None if show else feed.look(feed.blank, ()), skipped)
 
 
 def _unpacked(decoded: list[Encoded], skipped: Skipped) -> tuple[list[Encoded], Skipped]:

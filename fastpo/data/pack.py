@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.sample import Encoded, MicroBatch, Size
+from fastpo.sample import Encoded, MicroBatch, Shown, Size
 from fastpo_kernels import Segments, Tree
 
 
@@ -55,7 +55,7 @@ def pack(encoded: Sequence[Encoded], blank: Encoded | None, skipped: Sequence[tu
     last, shared by all its children. Where no sample has pixels, `blank` is added: a root segment with one image and no
     target, so that the vision tower runs.
     """
-    add = [] if blank is None or any(e.pixels is not None for e in encoded) else [blank]
+    add = [] if blank is None or any(e.pixels is not None or e.file is not None for e in encoded) else [blank]
     trees = [*encoded, *add]
     ids, positions, parents, at, target, last = [], [], [], [], [], []
     offset = 0
@@ -90,7 +90,7 @@ def pack(encoded: Sequence[Encoded], blank: Encoded | None, skipped: Sequence[tu
         ids=torch.cat(ids),
         positions=_joined(positions),
         tree=Tree(torch.tensor([0, *map(len, ids)]).cumsum(0), torch.tensor(parents)),
-        pixels=_cat([e.pixels for e in trees if e.pixels is not None]),
+        pixels=_cat([e.pixels for e in trees if e.pixels is not None and e.file is None]),
         grid=_cat([e.grid for e in trees if e.grid is not None]),
         at=_cat(at),
         target=_cat(target),
@@ -99,6 +99,7 @@ def pack(encoded: Sequence[Encoded], blank: Encoded | None, skipped: Sequence[tu
         last=torch.tensor(last, dtype=torch.int64),
         keys=tuple(e.key for e in encoded),
         skipped=tuple(skipped),
+        shown=tuple(Shown(e.file, e.features, e.pixels, e.grid) for e in trees if e.file is not None),
     )
 
 

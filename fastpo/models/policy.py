@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpo.models import Family
+from fastpo.models import Family, feature_cache
 from fastpo.models.head import StatsHead
 from fastpo.models.trainable import part_of
 from fastpo.models.vision import chunk_frames
@@ -42,6 +42,7 @@ class Policy(nn.Module):
         backend: str = "auto",
         temperature: float = 1.0,
         frames_per_chunk: int | None = None,
+        feature_bytes: int = 0,
     ):
         super().__init__()
         self.model: Any
@@ -53,6 +54,7 @@ class Policy(nn.Module):
         self.mode = mode if stats & set(losses.REFERENCE) else "none"
         self.stats = stats
         self.frames_per_chunk = frames_per_chunk
+        self.feature_bytes = feature_bytes  # limit of the folder of cached features
         self.wants_kl = "kl" in stats
         self.value_head = _value_head(model) if stats & {"value", "reward"} else None
         own = None if reference is None else reference.get_output_embeddings().weight
@@ -105,12 +107,17 @@ class Policy(nn.Module):
         return Valued(stats, value, reward)
 
     def _features(self, model: Any, batch: MicroBatch) -> Any:
-        options: dict[str, Any] = {}
+        vision, chunked = partial(self.family.vision, model, self.processor), {}
         if self.frames_per_chunk is not None:
-            options["apply"] = partial(
-                chunk_frames, chunk=self.frames_per_chunk, recompute=torch.is_grad_enabled(), calls=batch.calls
-            )
-        return self.family.vision(model, self.processor, batch.pixels, batch.grid, **options)
+            calls = 1 if batch.shown else batch.calls  # cached samples are seen one by one
+            recompute = torch.is_grad_enabled()
+            chunked["apply"] = partial(chunk_frames, chunk=self.frames_per_chunk, recompute=recompute, calls=calls)
+        if not batch.shown:
+            return vision(batch.pixels, batch.grid, **chunked)
+        blank = self.family.blank(self.processor)
+        for _ in range(batch.calls - feature_cache.calls(batch, self.frames_per_chunk)):  # another rank misses more
+            feature_cache.seen(vision, blank, batch.ids.device)
+        return feature_cache.of_row(partial(vision, **chunked), batch, self.feature_bytes)
 
     def _hidden(self, model: Any, batch: MicroBatch, features: Any) -> Tensor:
         return self.family.hidden(model, batch, features)[batch.at]
