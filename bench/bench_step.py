@@ -5,9 +5,7 @@ four forwards, full logits. Both run in one process on the same weights and rows
 are compared before anything is timed. Rows go to bench/results/<device>.jsonl.
 """
 
-import json
-import platform
-import time
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from bench import harness
 from fastpo.config import load
 from fastpo.data import loader, synthetic
 from fastpo.fit import make_feed
@@ -112,54 +111,34 @@ def plain_step(job):
     return out.detach()
 
 
-def peak_bytes(step) -> int:
-    """Largest sum of live tensor bytes that the step allocated, from the allocator's own events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def bench_packed_step_against_plain(job, benchmark):
+def bench_packed_step_against_plain(job, benchmark, results):
     ours, theirs = packed_step(job), plain_step(job)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     g, h = gradients(job.policy.model), gradients(job.plain)
     assert float((g - h).norm() / h.norm()) < 1e-4
 
-    times = {"packed": [], "plain": []}
-    for _ in range(7):  # interleaved, so that a busy machine slows both
-        for name, step in (("packed", packed_step), ("plain", plain_step)):
-            begin = time.perf_counter()
-            step(job)
-            times[name].append(time.perf_counter() - begin)
-    medians = {name: sorted(found)[len(found) // 2] for name, found in times.items()}
-    peaks = {
-        name: peak_bytes(lambda step=step: step(job)) for name, step in (("packed", packed_step), ("plain", plain_step))
-    }
+    steps = {"packed": lambda: packed_step(job), "plain": lambda: plain_step(job)}
+    seconds = {name: statistics.median(found) / 1e3 for name, found in harness.take_turns(steps).items()}
+    peaks = {name: harness.peak_bytes(step) for name, step in steps.items()}
     prompt = sum(len(e.prompt) for e in job.encoded)
     row = {
         "bench": "rrpo step, demo model",
-        "device": f"cpu, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
+        "device": harness.device_name(),
+        "versions": harness.versions(),
         "prompt_share": round(prompt / sum(e.tokens for e in job.encoded), 3),
-        "time_ratio": round(medians["plain"] / medians["packed"], 2),
+        "time_ratio": round(seconds["plain"] / seconds["packed"], 2),
         "memory_ratio": round(peaks["packed"] / peaks["plain"], 3),
-        "packed_s": round(medians["packed"], 3),
-        "plain_s": round(medians["plain"], 3),
+        "packed_s": round(seconds["packed"], 3),
+        "plain_s": round(seconds["plain"], 3),
         "packed_mib": round(peaks["packed"] / 2**20, 1),
         "plain_mib": round(peaks["plain"] / 2**20, 1),
     }
-    with (ROOT / "bench" / "results" / "cpu.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
+    harness.write(results, [row])
+    print(row)
     benchmark.extra_info.update(row)
     benchmark.pedantic(packed_step, args=(job,), rounds=3, warmup_rounds=1)
     assert peaks["packed"] < peaks["plain"]

@@ -1,206 +1,129 @@
-"""Whole DPO training steps on multi-image rows: fastpo against TRL's DPOTrainer, on the same model, rows and adapters.
+"""Whole training steps on prompts with eight images: fastpo against TRL's DPOTrainer, same model, rows and adapters.
 
-Both update by AdamW with LoRA in fp32. The losses of the first steps have to agree before anything is timed; then a
-step of one and a step of the other take turns. Peak bytes are the allocator's own.
-Rows go to bench/results/<device>.jsonl.
+Pairs: four prompts with two answers each. List: one prompt with eight scored answers, a PerPO step on all of them,
+against the same eight as four pairs, each of which repeats the prompt, which is what a trainer of pairs can do. Both
+update by AdamW with LoRA. The losses of the first steps have to agree, and of the list the log-probabilities of every
+answer, before anything is timed; then the steps take turns. Rows say how many operations each one makes, counted, and
+what share of time and operations each part has; "over_fastpo" is of times, "counted_over_fastpo" of operations.
 """
 
-import json
-import platform
-import statistics
-import time
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
 
-from bench.bench_step import peak_bytes
-from fastpo.config import Run
-from fastpo.data.loader import in_order
-from fastpo.engine import Engine, init_distributed
-from fastpo.fit import make_feed, make_policy
-from fastpo.metrics import Meter
-from fastpo.plugins import resolve
-from fastpo.step import train_step
-from fastpo_kernels import losses
-from tests import tiny_families
+from bench import harness, steps
+from bench.steps import DTYPE, IMAGES, Ours, Step
+from fastpo_kernels.testing import max_error
 
-ROOT = Path(__file__).parent.parent
-SIDE, PATCH, IMAGES, PAIRS, VOCABULARY, STEPS = 56, 7, 8, 4, 32_000, 3  # 64 tokens an image
+CHECKED = 4  # optimizer steps whose losses are compared
+EQUAL = {"float32": {"rel": 1e-4, "abs": 1e-5}, "bfloat16": {"rel": 2e-2, "abs": 2e-2}}[DTYPE]
 WORDS = "The third picture shows a red bar above a blue square"
-# the tests' template has another header before an answer than before one that is to come: TRL would cut elsewhere
-TEMPLATE = tiny_families.CHATML.replace("{{ m['role'] }} ", "{{ m['role'] }}\n")
-RATE, LORA = 1e-3, {"r": 16, "alpha": 32}
+ANSWERS = [WORDS[n : 24 + n] for n in range(8)]
+TRL, COMPACT = "TRL", "TRL, head of labelled positions"
 
 
-def write(root: Path) -> None:
-    """A small LLaVA, and pairs whose prompt holds eight images and about 95 % of a row's tokens."""
-    talk = tiny_families.tokenizer(starts=False, template=TEMPLATE)
-    ids = talk.get_vocab()
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=dict(
-                model_type="clip_vision_model", hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                num_attention_heads=4, image_size=SIDE, patch_size=PATCH, projection_dim=32,
-            ),
-            text_config=dict(
-                model_type="llama", vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
-                bos_token_id=ids["<s>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<pad>"],
-            ),
-            image_token_index=ids["<image>"], tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-    model.save_pretrained(root / "model")
-    talk.save_pretrained(root / "model")
-    settings = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    CLIPImageProcessorPil(**settings).save_pretrained(root / "model")
-    draw = torch.Generator().manual_seed(1)
-    rows = []
-    for n in range(PAIRS):
-        names = [f"{n}_{k}.png" for k in range(IMAGES)]
-        for name in names:
-            pixels = torch.randint(0, 256, (8, 8, 3), generator=draw, dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).resize((SIDE, SIDE)).save(root / name)
-        rows.append(
-            {"images": names, "prompt": f"What is in picture {n}?", "chosen": WORDS[: 24 + n], "rejected": WORDS[n:27]}
-        )
-    (root / "rows.json").write_text(json.dumps(rows))
-
-
-def ours(root: Path):
-    """One optimizer step of the training loop, data excluded; the policy."""
-    run = Run.model_validate(
-        {
-            "out": root / "out", "seed": 0,
-            "model": {"path": str(root / "model"), "family": "llava", "dtype": "float32", "lora": LORA,
-                      "gradient_checkpointing": False},
-            "data": {"train": {"name": "dpo", "path": str(root / "rows.json")}, "media_root": root, "workers": 0},
-            "batch": {"prompts": PAIRS, "tokens": 4096}, "loss": {"name": "dpo", "beta": 0.1},
-            "optim": {"lr": RATE, "schedule": "constant", "warmup": 0, "clip": 1.0}, "engine": {"zero": 0},
-        }
-    )  # fmt: skip
-    _, _, device = init_distributed()
-    objective = resolve(losses.LOSSES, run.loss, key="loss")
-    feed = make_feed(run, 0, 1)
-    table = feed.read(run.data.train)
-    (window,) = feed.windows(table, in_order(PAIRS, PAIRS))
-    engine = Engine(run, make_policy(run, losses.needs(objective), device), 10**6)
-    engine.train()
-    meter = Meter(("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"))
-
-    def step() -> float:
-        train_step(engine, window, objective, meter)
-        return meter.reduce()["loss"]
-
-    share = sum(len(e.prompt) for e in table.encoded) / sum(e.tokens for e in table.encoded)
-    return step, engine.policy, share
-
-
-def theirs(root: Path, policy):
-    """One step of TRL's DPOTrainer on a batch of all pairs, with the policy's adapters, data excluded."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
-
-    config = json.loads((root / "model" / "config.json").read_text())
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil.from_pretrained(root / "model"), AutoTokenizer.from_pretrained(root / "model"),
-        patch_size=PATCH, vision_feature_select_strategy=config["vision_feature_select_strategy"],
-        chat_template=TEMPLATE, num_additional_image_tokens=1,
-    )  # fmt: skip
-    rows = [
-        {
-            "images": [Image.open(root / name) for name in row["images"]],
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "chosen": [{"role": "assistant", "content": row["chosen"]}],
-            "rejected": [{"role": "assistant", "content": row["rejected"]}],
-        }
-        for row in json.loads((root / "rows.json").read_text())
-    ]
-    args = DPOConfig(
-        output_dir=str(root / "trl"), per_device_train_batch_size=PAIRS, beta=0.1, max_length=None, learning_rate=RATE,
-        lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0, max_grad_norm=1.0, max_steps=10**6,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-        logging_steps=10**6, dataloader_num_workers=0,
-    )  # fmt: skip
-    targets = [name for name, m in policy.model.named_modules() if hasattr(m, "lora_A")]
-    targets = [name.removeprefix("base_model.model.") for name in targets]
-    trainer = DPOTrainer(
-        str(root / "model"), args=args, train_dataset=Dataset.from_list(rows), processing_class=processor,
-        peft_config=LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=targets),
-    )  # fmt: skip
-    start = {k: v.detach().clone() for k, v in policy.model.state_dict().items() if "lora_" in k}
-    missing = trainer.model.load_state_dict(start, strict=False).unexpected_keys
-    assert not missing and start
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.create_optimizer_and_scheduler(10**6)
-    model = trainer.accelerator.prepare(trainer.model)
-    model.train()
-    trainer.current_gradient_accumulation_steps = 1  # what train() would set
-
-    def step() -> float:
-        loss = trainer.training_step(model, dict(batch), torch.tensor(1))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
-        model.zero_grad()
-        return float(loss)
-
-    return step
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
+@pytest.fixture
+def root(tmp_path):
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("trl")
-    write(root)
-    mine, policy, share = ours(root)
-    return mine, theirs(root, policy), share
+    return tmp_path
 
 
-def bench_dpo_step_against_trl(job, benchmark):
-    mine, peer, share = job
-    pairs = [(mine(), peer()) for _ in range(STEPS)]
-    assert pairs[0][0] == pytest.approx(0.6931, abs=1e-3)
-    for got, want in pairs:
-        assert got == pytest.approx(want, rel=1e-4, abs=1e-5), pairs
-    assert pairs[0] != pairs[-1]
+def bench_pairs_against_trl(root, benchmark, results):
+    names = steps.write_pictures(root)
+    rows = [
+        {"images": names, "prompt": f"What is in picture {n}?", "chosen": better, "rejected": worse}
+        for n, (better, worse) in enumerate(_pairs())
+    ]
+    mine = steps.ours(steps.config(root, rows, "dpo", "llava", {"name": "dpo", "beta": 0.1}))
+    peers = _peers(root, rows, mine)
+    found = _checked(mine.step, peers)
+    _compare(benchmark, results, "dpo step, pairs", {"fastpo": mine.step} | peers, mine, found)
 
-    times = {"fastpo": [], "trl": []}
-    for _ in range(9):  # in turns, so that a busy machine slows both
-        for name, step in (("fastpo", mine), ("trl", peer)):
-            begin = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    peaks = {"fastpo": peak_bytes(mine), "trl": peak_bytes(peer)}
-    import trl
 
-    row = {
-        "bench": f"dpo step, {IMAGES} images, {PAIRS} pairs, LoRA, fp32, against TRL {trl.__version__} DPOTrainer",
-        "device": f"cpu, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
-        "prompt_share": round(share, 3),
-        "losses": [[round(x, 6) for x in pair] for pair in pairs],
-        "time_ratio": round(medians["trl"] / medians["fastpo"], 2),
-        "memory_ratio": round(peaks["fastpo"] / peaks["trl"], 3),
-        "fastpo_s": round(medians["fastpo"], 3),
-        "trl_s": round(medians["trl"], 3),
-        "fastpo_mib": round(peaks["fastpo"] / 2**20, 1),
-        "trl_mib": round(peaks["trl"] / 2**20, 1),
+def bench_list_against_trl(root, benchmark, results):
+    names, asked = steps.write_pictures(root), "What is in the pictures?"
+    rows = [{"images": names, "prompt": asked, "chosen": better, "rejected": worse} for better, worse in _pairs()]
+    scores = [1 - n / 8 for n in range(8)]
+    listed = [{"images": names, "question": asked, "answers_gen": ANSWERS, "iou_scores": scores}]
+    mine = steps.ours(steps.config(root, listed, "perpo", "llava", {"name": "perpo", "beta": 0.1}))
+    pairs = steps.ours(steps.config(root, rows, "dpo", "llava", {"name": "dpo", "beta": 0.1}))
+    apart, together = _logps(pairs), _logps(mine)
+    assert together.shape == (8,) and apart.std() > 0.1
+    assert max_error(together, apart) < (1e-4 if DTYPE == "float32" else 1.0), (together, apart)
+    peers = _peers(root, rows, pairs)
+    found = _checked(pairs.step, peers)
+    runs = {"fastpo": mine.step, "fastpo, as pairs": pairs.step} | peers
+    _compare(benchmark, results, "perpo step, a list of 8", runs, mine, found)
+
+
+def _pairs() -> list[list[str]]:
+    """Each answer once."""
+    return [ANSWERS[n : n + 2] for n in range(0, 8, 2)]
+
+
+def _peers(root: Any, rows: list[dict[str, Any]], mine: Ours) -> dict[str, Step]:
+    as_it_comes, compact = steps.theirs(root, rows, mine.engine.policy)
+    return {TRL: as_it_comes} if harness.CUDA else {TRL: as_it_comes, COMPACT: compact}
+
+
+def _logps(mine: Ours) -> torch.Tensor:
+    """[8] log-probability of every answer under the untrained model, in the order of ANSWERS."""
+    (batch,) = mine.step.data()
+    batch = batch.to(mine.engine.device)
+    with torch.no_grad():
+        logp = mine.engine.stats(batch)["logp"]
+    assert logp is not None
+    rank = [int(key.rpartition(":")[2]) for key in batch.keys]
+    sums = batch.segments.sum(logp).split(batch.segments.groups.tolist())
+    return torch.cat([sums[place] for place in torch.tensor(rank).argsort()])
+
+
+def _checked(mine: Step, peers: dict[str, Step]) -> list[tuple[float, float]]:
+    """Losses of the first steps, ours and theirs; the peers, which share a model, take turns."""
+    batch, (first, *_) = mine.data(), peers.values()
+    theirs = first.data()
+    turns = list(peers.values())
+    found = [(mine.train(batch), turns[n % len(turns)].train(theirs)) for n in range(CHECKED)]
+    assert found[0][0] == pytest.approx(0.6931, abs=1e-3)
+    for got, want in found:
+        assert got == pytest.approx(want, **EQUAL), found
+    assert found[-1][0] < found[0][0]
+    return found
+
+
+def _compare(
+    benchmark: Any, results: Any, bench: str, runs: dict[str, Step], mine: Ours, found: list[tuple[float, float]]
+) -> None:
+    measured, encoded = steps.measure(runs), mine.table.encoded
+    case = {
+        "bench": bench,
+        "images": IMAGES,
+        "candidates": len(ANSWERS),
+        "prompt_share": round(sum(len(e.prompt) for e in encoded) / sum(e.tokens for e in encoded), 3),
+        "dtype": DTYPE,
+        "device": harness.device_name(),
+        "versions": harness.versions(),
+        "losses": [[round(x, 6) for x in pair] for pair in found],
     }
-    results = ROOT / "bench" / "results" / "cpu.jsonl"
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
-    benchmark.extra_info.update(row)
-    benchmark.pedantic(mine, rounds=3)
+    ours, rows = measured["fastpo"], []
+    for name, step in measured.items():
+        over = round(step.ms / ours.ms, 2)
+        print(step.table(f"{bench}, {name}: {step.ms:.0f} ms, {over} times fastpo's"))
+        row = {
+            "step": name,
+            "ms": round(step.ms, 1),
+            "ms_per_candidate": round(step.ms / len(ANSWERS), 1),
+            "over_fastpo": over,
+            "gflop": round(step.gflop, 2),
+            "counted_over_fastpo": round(step.gflop / ours.gflop, 2),
+            "peak_mib": round(step.peak_mib, 1),
+            "fastpo_memory": round(ours.peak_mib / step.peak_mib, 3),
+            "parts": step.parts,
+        }
+        rows.append(case | row)
+    harness.write(results, rows)
+    benchmark.extra_info.update({row["step"]: row["over_fastpo"] for row in rows})
+    batch = runs["fastpo"].data()
+    benchmark.pedantic(runs["fastpo"].train, args=(batch,), rounds=3)
+    assert all(ours.gflop <= step.gflop and ours.peak_mib <= step.peak_mib for step in measured.values())
