@@ -19,6 +19,7 @@ from fastpo.config import load
 from fastpo.data import loader, synthetic
 from fastpo.fit import make_feed
 from fastpo.models import llava_video, trainable
+from fastpo.models.attention import register
 from fastpo.models.policy import Policy
 from fastpo_kernels import losses
 
@@ -30,7 +31,7 @@ SAMPLES = 4
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """The demo model with random adapters, twice (packed and plain), and one packed row of four samples."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     data = tmp_path_factory.mktemp("bench") / "data"
     synthetic.write(data, 0, train=SAMPLES, test=2)
     overrides = [f"out={data}", f"model.path={data}/model", f"data.media_root={data}", f"data.frames={FRAMES}"]
@@ -51,9 +52,7 @@ def job(tmp_path_factory):
 
 def adapted(run, attention):
     model = llava_video.load(run.model)
-    model.set_attn_implementation(
-        {"text_config": llava_video.attention.register("auto") if attention == "auto" else attention}
-    )
+    model.set_attn_implementation({"text_config": register("auto") if attention == "auto" else attention})
     model = trainable.prepare(model, llava_video.parts, run.model)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
