@@ -138,8 +138,10 @@ def test_gemm_passes():
 
 
 def test_no_rows_and_two_backwards():
-    hidden, weight, _ = (t.requires_grad_() for t in problem(torch.float32))
-    folded_logp(hidden[:0], weight, TARGET[:0], sft)[0].backward()
+    hidden, weight, bias = (t.requires_grad_() for t in problem(torch.float32))
+    with nan_scratch():
+        folded_logp(hidden[:0], weight, TARGET[:0], sft, bias=bias)[0].backward()
+    assert bias.grad.equal(torch.zeros_like(bias))
     assert weight.grad.equal(torch.zeros_like(weight)) and hidden.grad.equal(torch.zeros_like(hidden))
     total, _ = folded_logp(hidden, weight, TARGET, sft)
     once, twice = (torch.autograd.grad(c * total, weight, retain_graph=True)[0] for c in (1, 2))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpo_kernels import token_stats
 from fastpo_kernels.testing import max_error
-from fastpo_kernels.token_stats import chunked, folded_logp
+from fastpo_kernels.token_stats import chunked, folded_logp, reference
 
 
 def rounded(seed, *shape, dtype=torch.float32, scale=1.0):
@@ -77,6 +77,26 @@ def test_no_tensor_grows_with_rows_times_vocabulary(how, monkeypatch):
     assert max_error(logp, want) < 1e-5 and max_error(hidden.grad, exact[0].grad) < 1e-5
     if how != "frozen":
         assert max_error(weight.grad, exact[1].grad) < 1e-5 * exact[1].grad.abs().max()
+
+
+def test_rows_of_a_tile():
+    """On the CPU 16 MB, but 256 rows where they fit into 256 MB."""
+
+    def rows(vocabulary):
+        given = reference.Inputs(
+            hidden=torch.empty(5000, 1),
+            weight=torch.empty(vocabulary, 1),
+            bias=None,
+            target=torch.zeros(5000, dtype=torch.int64),
+            ref_hidden=None,
+            ref_weight=None,
+            kl_rows=None,
+            softcap=None,
+            temperature=1.0,
+        )
+        return len(next(chunked._split(torch.arange(5000), given)))
+
+    assert [rows(v) for v in (1000, 16_384, 151_936, 1_000_000)] == [4194, 256, 256, 67]
 
 
 @pytest.mark.parametrize("how", ["token_stats", "reference", "folded"])

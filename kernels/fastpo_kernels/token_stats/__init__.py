@@ -61,7 +61,7 @@ def token_stats(
     kl and reverse_kl to hidden, weight and bias, never to or through the reference, also where it uses weight.
 
     backend: "reference" is the definition, with whole [N, V] logits; "chunked", which "auto" chooses, makes tiles of
-    about 256 MB; "triton" (CUDA, not float64) is chunked with one kernel in place of the elementwise PyTorch on a tile,
+    at most 256 MB; "triton" (CUDA, not float64) is chunked with one kernel in place of the elementwise PyTorch on a tile,
     or, for small H, no unit gradient and no reverse KL, logits that never leave the registers. Only "chunked" takes a
     shard. Under a frozen weight and bias the forward of the latter two also computes the gradient of each row, so that
     the backward does not touch the weight, which may be partitioned away by then (ZeRO-3); under a trainable one the

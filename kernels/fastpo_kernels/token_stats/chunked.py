@@ -23,7 +23,8 @@ from fastpo_kernels.types import TokenStats
 # fp32 logits of one model in one chunk: 441 rows at V = 152k. A GEMM needs about 266 rows before it stops waiting for
 # the weight (H100: 798 TFLOP/s over 3.0 TB/s), and up to six such tiles are alive at once.
 TILE_BYTES = 256 << 20
-MIN_CUDA_ROWS = 256
+MIN_ROWS = 256
+CPU_TILE_BYTES = 16 << 20  # on the CPU, where MIN_ROWS allow it, so that a tile stays in the last-level cache (33 MB)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -88,22 +89,22 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, x: Inputs, wanted: Sequence[bool], dtype: torch.dtype) -> "Gradients":
-        """Of hidden, weight and bias, those `wanted`. dtype: of the gradient of hidden."""
+    def empty(cls, x: Inputs, wanted: Sequence[bool], dtype: torch.dtype) -> "Gradients":
+        """Of hidden, weight and bias, those `wanted`. dtype: of that of hidden, whose rows are 0 until they are added."""
         wide, device = accumulator(x.hidden.dtype), x.hidden.device
         hidden = torch.zeros_like(x.hidden, dtype=dtype) if wanted[0] else None
-        weight = torch.zeros(x.weight.shape, dtype=wide, device=device) if wanted[1] else None
-        return cls(hidden, weight, torch.zeros(len(x.weight), dtype=wide, device=device) if wanted[2] else None)
+        weight = torch.empty(x.weight.shape, dtype=wide, device=device) if wanted[1] else None
+        return cls(hidden, weight, torch.empty(len(x.weight), dtype=wide, device=device) if wanted[2] else None)
 
-    def add(self, tile: Tensor, x: Inputs, at: Tensor) -> None:
-        """tile: [n, V] gradient at h W^T + b of the rows `at`, whose operands are x."""
+    def add(self, tile: Tensor, x: Inputs, at: Tensor, *, first: bool) -> None:
+        """tile: [n, V] gradient at h W^T + b of the rows `at`, whose operands are x. first: the first to be added."""
         if self.bias is not None:
-            self.bias.add_(tile.sum(0, dtype=self.bias.dtype))
+            torch.add(tile.sum(0, dtype=self.bias.dtype), 0 if first else self.bias, out=self.bias)
         tile = tile.to(x.weight.dtype)
         if self.hidden is not None:
             self.hidden[at] = mm(tile, x.weight).to(self.hidden.dtype)
         if self.weight is not None:
-            _add_mm(self.weight, tile.t(), x.hidden)
+            _add_mm(self.weight, tile.t(), x.hidden, beta=0 if first else 1)
 
 
 def backward(x: Inputs, g: Coefficients, wanted: Sequence[bool], d_logits: DLogits | None = None) -> Gradients:
@@ -123,10 +124,10 @@ def backward(x: Inputs, g: Coefficients, wanted: Sequence[bool], d_logits: DLogi
     if x.reverse_kl_rows is not None:
         whole = whole._replace(reverse_kl_rows=x.reverse_kl_rows & has_reverse)
         live = live | (x.reverse_kl_rows & has_reverse)
-    gradients = Gradients.zeros(x, wanted, x.hidden.dtype)
-    for at in _split(live.nonzero()[:, 0], x):
+    gradients = Gradients.empty(x, wanted, x.hidden.dtype)
+    for i, at in enumerate(_split(live.nonzero()[:, 0], x)):
         part, here = _take(whole, at), at.to(device)
-        gradients.add(d_logits(part, *(c[here] for c in dense)), part, here)
+        gradients.add(d_logits(part, *(c[here] for c in dense)), part, here, first=i == 0)
     return gradients
 
 
@@ -136,11 +137,11 @@ def folded(
     """The sum of all losses, logp [N], and the gradients `wanted` of that sum, in one sweep. See folded_logp."""
     whole, device = _operands(x), x.hidden.device
     loss, logps = torch.zeros((), dtype=accumulator(x.hidden.dtype), device=device), []
-    gradients = Gradients.zeros(x, wanted, _kept(x.hidden.dtype))
-    first = 0
+    gradients = Gradients.empty(x, wanted, _kept(x.hidden.dtype))
+    stop = 0
     for at in _split(torch.arange(len(x.hidden)), x):
-        part, here = _take(whole, at), slice(first, first + len(at))
-        first = here.stop
+        part, here = _take(whole, at), slice(stop, stop + len(at))
+        stop = here.stop
         z = _logits(part.hidden, part.weight, part)
         slope, log_p = _slope(z, part), _log_softmax(z, part)
         logp = _pick(log_p, part)
@@ -154,16 +155,16 @@ def folded(
             if len(live) < len(at):
                 part, slope = _take(part, live), None if slope is None else slope[live]
                 log_p, logp, g_logp = log_p[live], logp[live], g_logp[live]
-            tile = _d_logp(log_p.exp_(), logp, part).mul_(g_logp.to(logp.dtype)[:, None] / x.temperature)
-            gradients.add(tile if slope is None else tile.mul_(slope), part, live + here.start)
+            tile = _less_target(log_p.exp_(), logp, part).mul_(g_logp.to(logp.dtype)[:, None] / -x.temperature)
+            tile = tile if slope is None else tile.mul_(slope)
+            gradients.add(tile, part, live + here.start, first=here.start == 0)
     return loss, torch.cat(logps), gradients
 
 
 def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Units]:
     """Statistics of some rows; with a dtype to keep them in, also their u [n, H], and k and r of those with KL."""
     log_p, log_q, slope = _log_probs(x)
-    p = log_p.exp()
-    logp, entropy = _pick(log_p, x), -_total(p * log_p, x)
+    p, logp = log_p.exp(), _pick(log_p, x)
     ref_logp = kl = reverse_kl = u = k = r = None
     if log_q is not None:
         ref_logp = _pick(log_q, x)
@@ -180,8 +181,9 @@ def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Units]:
             kl, k = divergence(x.kl_rows, _kl)
         if x.reverse_kl_rows is not None:
             reverse_kl, r = divergence(x.reverse_kl_rows, _reverse_kl)
+    entropy = -_total(log_p.mul_(p), x)
     if keep is not None:
-        u = _pull_back(_d_logp(p, logp, x), slope, x).to(keep)
+        u = _pull_back(_less_target(p, logp, x), slope, x).neg_().to(keep)
     return TokenStats(logp, ref_logp, kl, entropy, reverse_kl), (u, k, r)
 
 
@@ -209,11 +211,13 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, x: Inputs) -> tuple[Ten
     return values, gap.sub_(mean[:, None]).mul_(p)
 
 
-def _d_logp(p: Tensor, logp: Tensor, x: Inputs) -> Tensor:
-    """[n, V] onehot(target) - p, written over p. Rounding p to the operand dtype first would lose 1 - p(target)."""
+def _less_target(p: Tensor, logp: Tensor, x: Inputs) -> Tensor:
+    """[n, V] p - onehot(target), written over p; -d logp at the logits, to be negated where it is smaller than a tile.
+
+    Rounding p to the operand dtype first would lose 1 - p(target).
+    """
     column, here = _columns(x)
-    at_target = -torch.expm1(logp)[:, None]
-    p = p.neg_()
+    at_target = torch.expm1(logp)[:, None]
     return p.scatter_(1, column, at_target if here is None else at_target.where(here, p.gather(1, column)))
 
 
@@ -221,21 +225,21 @@ def _d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, g_reverse: Tensor) -> Ten
     """[n, V] gradient of sum(g_logp logp + g_kl kl + g_reverse reverse_kl) at h W^T + b."""
     z = _logits(x.hidden, x.weight, x)
     slope, log_p = _slope(z, x), _log_softmax(z, x)
-    p, masks = log_p.exp(), [rows for rows in (x.kl_rows, x.reverse_kl_rows) if rows is not None]
+    logp, masks = _pick(log_p, x), [rows for rows in (x.kl_rows, x.reverse_kl_rows) if rows is not None]
+    p = log_p.exp() if masks else log_p.exp_()
     at, divergences = torch.empty(0), []
     if masks and x.ref_hidden is not None:
         at = _index(torch.stack(masks).any(0), p.device)
         log_q = _log_softmax(_logits(x.ref_hidden[at], x.weight if x.ref_weight is None else x.ref_weight, x), x)
         if x.kl_rows is not None:
-            g = g_kl.where(x.kl_rows.to(p.device), 0.0)[at, None]
+            g = g_kl.where(x.kl_rows.to(p.device), 0.0)[at, None] / x.temperature
             divergences.append((p[at] - log_q.exp()).mul_(g))
         if x.reverse_kl_rows is not None:
-            g = g_reverse.where(x.reverse_kl_rows.to(p.device), 0.0)[at, None]
+            g = g_reverse.where(x.reverse_kl_rows.to(p.device), 0.0)[at, None] / x.temperature
             divergences.append(_reverse_kl(log_p[at], log_q, p[at], x)[1].mul_(g))
-    tile = _d_logp(p, _pick(log_p, x), x).mul_(g_logp[:, None])
+    tile = _less_target(p, logp, x).mul_(g_logp[:, None] / -x.temperature)
     for divergence in divergences:
         tile.index_add_(0, at, divergence)
-    tile.div_(x.temperature)
     return tile if slope is None else tile.mul_(slope)
 
 
@@ -306,12 +310,12 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.mm(a, b)
 
 
-def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in the fp32 of out."""
+def _add_mm(out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
+    """out = beta out + a @ b, summed in the fp32 of out; beta 0: what out held, even NaN, is gone."""
     if a.dtype in HALF:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
     else:
-        torch.addmm(out, a, b, out=out)
+        torch.addmm(out, a, b, beta=beta, out=out)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
@@ -338,8 +342,9 @@ def _operands(x: Inputs) -> Inputs:
 def _split(rows: Tensor, x: Inputs) -> Iterator[Tensor]:
     """Chunks of a host index of rows; of no rows, one empty chunk."""
     columns = len(x.weight) if x.shard is None else x.shard.columns  # the same chunks on every rank
-    size = TILE_BYTES // (columns * accumulator(x.hidden.dtype).itemsize)
-    yield from rows.split(max(MIN_CUDA_ROWS if x.hidden.is_cuda else 1, size))
+    row = columns * accumulator(x.hidden.dtype).itemsize
+    size = TILE_BYTES // row if x.hidden.is_cuda else min(TILE_BYTES // row, max(MIN_ROWS, CPU_TILE_BYTES // row))
+    yield from rows.split(max(MIN_ROWS if x.hidden.is_cuda else 1, size))
 
 
 def _take(x: Inputs, at: Tensor) -> Inputs:
