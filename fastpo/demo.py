@@ -4,13 +4,21 @@ One supervised warm-up teaches a tiny model to see and to speak (but to guess wh
 objective, of all or of those named, trains on its own data format, and a table says what came of it on clips that no
 run has seen. The exit code is 1 where a target is missed. --quick: a few steps on a few rows, whose loss has to fall
 (of sampled answers: to be finite).
+
+`python -m fastpo.demo --recipes [NAME ...]`: runs the files of configs/, or those named, for a few steps, each with its
+own loss and data format on made-up rows, on a tiny model of its family that has learnt the form of the answers; prints
+the command of each, which runs alone as well, and a table.
 """
 
 import argparse
 import json
 import math
+import os
+import shlex
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +26,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from fastpo.config import Run, load, warmup_run
-from fastpo.data import tasks
+from fastpo.config import Run, Source, load, warmup_run
+from fastpo.data import recipes, synthetic, tasks
 
-BASE = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASE = CONFIGS / "demo.yaml"
 Overrides = Mapping[str, Any]  # dotted key of a configuration -> value
 
 
@@ -89,6 +98,45 @@ TASKS: Mapping[str, Task] = {
 }  # fmt: skip
 
 
+class Recipe(NamedTuple):
+    """model: a family that data.recipes writes, or the run before whose merged weights these are. data: its rows.
+    metric: of the evaluation. overrides: beside those of `commands`.
+    """
+
+    model: str
+    data: str
+    metric: str = "accuracy"
+    overrides: tuple[str, ...] = ()
+
+
+FEW_ANSWERS = ("batch.prompts=4", "rollout.generation.max_tokens=80")
+# A value head starts at 0 and here has a dozen steps; under ZeRO-3 it would have to be in bfloat16, as the others are.
+HEAD = ("optim.lr_value=1e-2", "engine.zero=2")
+RECIPES: Mapping[str, Recipe] = {
+    "rrpo_llavavideo": Recipe("llava_onevision", "rrpo"),
+    "dpo_llavavideo": Recipe("llava_onevision", "rrpo"),
+    "perpo_llava15": Recipe("llava", "boxes"),
+    "perpo_llavanext": Recipe("llava_onevision", "misread"),
+    "miadpo_llava15": Recipe("llava", "mia"),
+    "spo_sft_llavaov": Recipe("llava_onevision", "llava", "loss"),
+    "spo_llavaov": Recipe("spo_sft_llavaov", "spo"),
+    "sft_llava": Recipe("llava", "stills", "loss"),
+    "rm_llava15": Recipe("llava", "ranked", "accuracy", HEAD),
+    "ppo_llava15": Recipe(
+        "llava", "prompts", "reward",
+        (
+            *HEAD, "rollout.reward_model={out}/rm_llava15", "rollout.generation.max_tokens=12",
+            "rollout.gae.critic_steps=4",
+        ),
+    ),
+    "grpo_visualrft_classification": Recipe("qwen2_vl", "classes", "reward", FEW_ANSWERS),
+    "grpo_visualrft_detection": Recipe("qwen2_vl", "detection", "reward", FEW_ANSWERS),
+    "grpo_visualrft_grounding": Recipe("qwen2_vl", "grounding", "reward", FEW_ANSWERS),
+    "demo": Recipe("", "", "accuracy", ("warmup.steps=60",)),
+}  # fmt: skip
+FIRST = {"spo_llavaov": "spo_sft_llavaov", "ppo_llava15": "rm_llava15"}  # run -> the one that it goes on from
+
+
 class Outcome(NamedTuple):
     """One row of the table. seconds: of the objective's run."""
 
@@ -109,8 +157,9 @@ def demo(out: Path, names: Sequence[str] = tuple(TASKS), *, quick: bool = False,
     from fastpo.fit import fit, init_distributed  # torch and deepspeed take seconds to import
 
     init_distributed()
-    if not (out / "data").exists():
-        tasks.write(out / "data", seed, **({"train": 2, "test": 1} if quick else {}))
+    rows = {"train": 2, "test": 1} if quick else {"train": 80, "test": 16}
+    if not synthetic.built(out / "data", seed=seed, **rows):
+        tasks.write(out / "data", seed, **rows)
     first = configured("warmup", WARMUP, out, out / "data" / "model", seed=seed, quick=quick)
     model = fit(warmup_run(first)) / "model"
     found: list[Outcome] = []
@@ -177,6 +226,83 @@ def number(metric: str, row: Mapping[str, float], out: Path) -> float:
     return row[f"eval/{metric}"]
 
 
+def try_recipes(out: Path, names: Sequence[str] = tuple(RECIPES), *, quick: bool = False, seed: int = 0) -> str:
+    """Runs these files of configs/ and those that they go on from; returns, and writes to out/recipes.md, their table
+    and commands. The same call goes on where the last one was stopped. Raises ValueError for a folder of other runs.
+    """
+    from fastpo import merge, train
+
+    names = [name for name in RECIPES if name in names or name in {FIRST.get(other) for other in names}]
+    rows, lines = [], []
+    teach(out, {RECIPES[name].model for name in names}, quick=quick, seed=seed)
+    for name in names:
+        started = time.monotonic()
+        for module, argv in commands(name, out, steps=2 if quick else 12, seed=seed):
+            lines.append(shlex.join(["python", "-m", f"fastpo.{module}", *argv]))
+            Console().print(f"\n$ {lines[-1]}", highlight=False, markup=False, soft_wrap=True)
+            if module == "train":
+                train.main(argv)
+            elif not Path(argv[-1]).exists():
+                merge.main(argv)
+        rows.append(summary(name, out / name, time.monotonic() - started))
+    titles = (
+        "| recipe | loss, first step | last step | held out | before | after | seconds |",
+        "|---|--:|--:|---|--:|--:|--:|",
+    )
+    text = "\n".join([*titles, *rows, "", "```bash", *lines, "```"]) + "\n"
+    (out / "recipes.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def teach(out: Path, families: set[str], *, quick: bool, seed: int) -> None:
+    """Writes out/data, and the models of these families to out/<family> after supervised steps on all weights."""
+    from fastpo.fit import fit
+
+    rows = {"train": 2, "test": 1} if quick else {"train": 8, "test": 4}
+    if not synthetic.built(out / "data", seed=seed, **rows):
+        recipes.write(out / "data", seed, **rows)
+    for family, data in recipes.TAUGHT.items():
+        if family in families and not (out / family).exists():
+            with tempfile.TemporaryDirectory(dir=out) as scratch:
+                warmup = WARMUP_QUICK if quick else {"warmup": {"steps": 150, "lr": 3e-3, "prompts": 16}}
+                task = Task(data, "llava", {}, {**WARMUP.overrides, "model.family": family, **warmup})
+                run = configured("warmup", task, out, out / "data" / family, seed=seed, quick=False)
+                model = fit(warmup_run(run.model_copy(update={"out": Path(scratch)}))) / "model"
+                shutil.move(model, out / family)
+
+
+def commands(name: str, out: Path, *, steps: int, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """Modules of fastpo with their arguments that try a recipe in small, in this order. The loss is the recipe's own.
+
+    lr: the authors' own moves weights that come from a random start by nothing.
+    """
+    recipe, config = RECIPES[name], os.path.relpath(CONFIGS / f"{name}.yaml")
+    keys = [f"out={out / name}", f"optim.steps={steps}", *(x.format(out=out) for x in recipe.overrides)]
+    keys += [f"seed={seed}"] if seed else []
+    if not recipe.data:
+        return [("train", [config, *keys])]
+    source = load(config).data.train
+    assert isinstance(source, Source)
+    data, first = out / "data" / recipe.data, FIRST.get(name) if recipe.model in RECIPES else None
+    model = out / f"{first}_merged" if first else out / recipe.model
+    keys += [
+        f"model.path={model}", f"data.media_root={out / 'data'}", f"data.train.path={data}_train.json",
+        f"data.eval={{name: {source.name}, path: {data}_test.json}}", "data.workers=0",
+        "optim.lr=1e-3",
+    ]  # fmt: skip
+    merge = ("merge", [f"{out / first / 'checkpoints'}/step_{steps:06d}", str(model)]) if first else None
+    return [*([merge] if merge else []), ("train", [config, *keys])]
+
+
+def summary(name: str, out: Path, seconds: float) -> str:
+    """One row of the table of recipes, of the metrics.jsonl in `out`."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row] or [math.nan]  # no sampled answers had anything to prefer
+    metric = RECIPES[name].metric
+    before, after = (row[f"eval/{metric}"] for row in (rows[0], rows[-1]))
+    return f"| {name} | {losses[0]:.4f} | {losses[-1]:.4f} | {metric} | {before:.3f} | {after:.3f} | {seconds:.0f} |"
+
+
 def markdown(found: Sequence[Outcome]) -> str:
     """The table. Every metric is of held-out rows but sft's, of the rows that it learns by heart."""
     titles = ("objective", "metric", "before", "after", "target", "seconds", "")
@@ -193,15 +319,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpo.demo", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--recipes", action="store_true", help="of configs/ instead: " + ", ".join(RECIPES))
+    parser.add_argument("--out", type=Path, help="runs/objectives, or runs/recipes")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.names) - set(TASKS)):
-        parser.error(f"no objective {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    names = tuple(TASKS) if args.all or not args.names else args.names
+    kind, there = ("recipe", RECIPES) if args.recipes else ("objective", TASKS)
+    if unknown := sorted(set(args.names) - set(there)):
+        parser.error(f"no {kind} {', '.join(unknown)}; there are {', '.join(there)}")
+    names = tuple(there) if args.all or not args.names else args.names
+    out = args.out or Path("runs") / f"{kind}s"
     try:
-        found = demo(args.out, names, quick=args.quick, seed=args.seed)
+        if args.recipes:
+            return print(try_recipes(out, names, quick=args.quick, seed=args.seed))
+        found = demo(out, names, quick=args.quick, seed=args.seed)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     Console().print(markdown(found), highlight=False, markup=False, soft_wrap=True)

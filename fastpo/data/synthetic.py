@@ -17,15 +17,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Tokenizer, TokenizersBackend
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaOnevisionConfig,
+    PreTrainedConfig,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    TokenizersBackend,
+)
 
 FRAMES, SIZE, FPS = 16, 64, 8
+BUILT = "built.json"  # in a folder that was written here: with which numbers
 COLOURS = {"red": (240, 30, 30), "green": (25, 195, 50), "blue": (40, 50, 240), "yellow": (245, 230, 20)}
 SHAPES = ("square", "pole", "plank")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -58,7 +67,7 @@ def write(out: Path, seed: int, *, train: int = 640, test: int = 128) -> None:
     for name, rows in (("train", train), ("test", test)):
         if rows < 2 or rows % 2:
             raise ValueError(f"{name}={rows}: rows come in twins, expected an even number of at least 2")
-    with whole(out) as unfinished:
+    with whole(out, seed=seed, train=train, test=test) as unfinished:
         (unfinished / "videos").mkdir()
         for name, rows, first in (("train", train, 0), ("test", test, train)):
             table = list(_rows(unfinished, random.Random(f"{name} {seed}"), range(first, first + rows)))
@@ -66,9 +75,26 @@ def write(out: Path, seed: int, *, train: int = 640, test: int = 128) -> None:
         write_model(unfinished / "model", seed)
 
 
+def built(out: Path, **facts: int) -> bool:
+    """Whether `out` is there. Raises ValueError where it was not built with these facts: seed, numbers of rows."""
+    if not out.exists():
+        return False
+    file = out / BUILT
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wrong = [
+        f"{name} {found.get(name, 'unknown')}, not {value}" for name, value in facts.items() if found.get(name) != value
+    ]
+    if wrong:
+        raise ValueError(f"{out}: built with {', '.join(wrong)}; remove the folder or name another one")
+    return True
+
+
 @contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` at the end, or is removed. Raises ValueError where out is there already."""
+def whole(out: Path, **facts: int) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end, or is removed. Raises ValueError where out is there already.
+
+    facts: what it is built with, for `built`.
+    """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already there; remove it or name another folder")
@@ -76,6 +102,7 @@ def whole(out: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        (unfinished / BUILT).write_text(json.dumps(facts) + "\n", encoding="utf-8")
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)
@@ -183,12 +210,20 @@ def encode(path: Path, frames: np.ndarray) -> None:
 
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+VISION_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # Qwen-VL's
 # Qwen2's ChatML, with its default system message.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# LLaVA-1.5's, in the typed form of the llava-hf folders.
+VICUNA = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+Family = Literal["llava", "llava_onevision", "qwen2_vl"]
 VISION: dict[str, Any] = dict(
     model_type="siglip_vision_model",
     image_size=40,
@@ -212,12 +247,65 @@ TEXT: dict[str, Any] = dict(
 )
 
 
-def write_model(folder: Path, seed: int, texts: Sequence[str] = ()) -> None:
-    """An untrained model and its tokenizer as an ordinary Hugging Face folder, float32. texts: see make_tokenizer."""
-    tokenizer = make_tokenizer(texts)
-    ids = tokenizer.get_vocab()
-    text = TEXT | dict(vocab_size=len(tokenizer), eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    config = LlavaOnevisionConfig(
+def write_model(folder: Path, seed: int, texts: Sequence[str] = (), family: Family = "llava_onevision") -> None:
+    """An untrained model and its tokenizer as an ordinary Hugging Face folder, float32. texts: see make_tokenizer.
+
+    llava_onevision: also for llava_video, whose folders look alike.
+    """
+    tokenizer = make_tokenizer(texts, VISION_MARKS if family == "qwen2_vl" else ())
+    config = _config(family, tokenizer.get_vocab())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+        if family == "llava_onevision":
+            _lay_out_positions(model.model.vision_tower.embeddings.position_embedding.weight.data)
+    model.save_pretrained(folder)
+    tokenizer.chat_template = VICUNA if family == "llava" else CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    side = dict(height=VISION["image_size"], width=VISION["image_size"])
+    settings: dict[str, Any] = {
+        "llava": dict(
+            image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=VISION["image_size"]), crop_size=side
+        ),
+        "llava_onevision": dict(
+            image_processor_type="LlavaOnevisionImageProcessor",
+            image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
+            size=side,
+        ),
+        "qwen2_vl": dict(
+            image_processor_type="Qwen2VLImageProcessor",
+            size=dict(shortest_edge=1024, longest_edge=16384),  # pixels of an image
+            patch_size=VISION["patch_size"],
+        ),
+    }[family]
+    settings |= dict(do_convert_rgb=True, do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255)
+    settings |= dict(do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(family: Family, ids: dict[str, int]) -> PreTrainedConfig:
+    ends = dict(bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    text = TEXT | ends | dict(vocab_size=len(ids))
+    if family == "qwen2_vl":
+        axes = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 4, 4])  # half of a head's 24
+        names = (f"{name}_token_id" for name in ("vision_start", "vision_end", "image", "video"))
+        marks: dict[str, Any] = {name: ids[mark] for name, mark in zip(names, VISION_MARKS, strict=True)}
+        return Qwen2VLConfig(
+            text_config=text | dict(model_type="qwen2_vl_text", rope_parameters=axes),
+            vision_config=dict(
+                depth=2, embed_dim=64, hidden_size=TEXT["hidden_size"], mlp_ratio=2, num_heads=4, patch_size=8
+            ),
+            tie_word_embeddings=False,
+            **marks,
+        )
+    if family == "llava":
+        return LlavaConfig(
+            vision_config=VISION | dict(model_type="clip_vision_model", projection_dim=64),
+            text_config=text | dict(model_type="llama"),
+            image_token_index=ids["<image>"],
+            tie_word_embeddings=False,
+        )
+    return LlavaOnevisionConfig(
         vision_config=VISION,
         text_config=text,
         image_token_index=ids["<image>"],
@@ -227,26 +315,6 @@ def write_model(folder: Path, seed: int, texts: Sequence[str] = ()) -> None:
         image_grid_pinpoints=[[VISION["image_size"]] * 2],
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlavaOnevisionForConditionalGeneration(config)
-        _lay_out_positions(model.model.vision_tower.embeddings.position_embedding.weight.data)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    pixels = dict(
-        image_processor_type="LlavaOnevisionImageProcessor",
-        image_grid_pinpoints=config.image_grid_pinpoints,
-        do_convert_rgb=True,
-        do_resize=True,
-        size=dict(height=VISION["image_size"], width=VISION["image_size"]),
-        resample=3,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
 
 
 def _lay_out_positions(weight: torch.Tensor) -> None:
@@ -259,7 +327,7 @@ def _lay_out_positions(weight: torch.Tensor) -> None:
     weight += torch.cartesian_prod(place, place) @ torch.randn(2, weight.shape[1]).mul(2)
 
 
-def make_tokenizer(texts: Sequence[str] = ()) -> TokenizersBackend:
+def make_tokenizer(texts: Sequence[str] = (), specials: Sequence[str] = ()) -> TokenizersBackend:
     """Byte-level BPE in which every word of the demo and of `texts` is one token; anything else is pieces or bytes."""
     sentences = [*texts, *QUESTIONS.values(), "system\nYou are a helpful assistant.\n", "user\n", "assistant\n"]
     for colour in COLOURS:
@@ -271,12 +339,11 @@ def make_tokenizer(texts: Sequence[str] = ()) -> TokenizersBackend:
     tokenizer = blank.train_new_from_iterator(
         sentences,
         vocab_size=4096,
-        new_special_tokens=SPECIALS,
+        new_special_tokens=[*SPECIALS, *specials],
         min_frequency=1,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 

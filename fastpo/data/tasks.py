@@ -7,13 +7,14 @@ chance.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from fastpo.data.synthetic import (
@@ -30,6 +31,7 @@ from fastpo.data.synthetic import (
 )  # fmt: skip
 
 Row = dict[str, Any]
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2
 
 COLOUR = QUESTIONS["colour"]
 CAPTION = "What is in the picture?"
@@ -49,9 +51,11 @@ class Clip:
     other: Event  # of another colour and another shape
     clip: str
     still: str
+    box: Box  # of the shape in the still
 
 
 Quad = tuple[Clip, Clip, Clip, Clip]  # colours by shapes: clips 0 and 2 differ in the colour alone, and so do 1 and 3
+Rows = Callable[[Quad, random.Random], Iterator[Row]]
 
 
 def write(folder: Path, seed: int, *, train: int = 80, test: int = 16) -> None:
@@ -60,17 +64,22 @@ def write(folder: Path, seed: int, *, train: int = 80, test: int = 16) -> None:
     train, test: quads, four clips each, of which llava takes FEW. Everything follows from the seed and the two numbers.
     Media paths are relative to the folder, which appears whole or not at all. Raises ValueError where it is there.
     """
-    with whole(folder) as unfinished:
-        for name in ("clips", "stills"):
-            (unfinished / name).mkdir()
-        for split, count in (("train", train), ("test", test)):
-            rng = random.Random(f"tasks {split} {seed}")
-            quads = [_quad(unfinished, rng, f"{split}{number:03d}") for number in range(count)]
-            for name, rows in ROWS.items():
-                used = quads[:FEW] if rows is llava else quads
-                table = [row for quad in used for row in rows(quad, rng)]
-                (unfinished / f"{name}_{split}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        write_model(unfinished / "model", seed, _texts())
+    with whole(folder, seed=seed, train=train, test=test) as unfinished:
+        write_tables(unfinished, ROWS, seed, train=train, test=test)
+        write_model(unfinished / "model", seed, sentences())
+
+
+def write_tables(folder: Path, tables: Mapping[str, Rows], seed: int, *, train: int, test: int) -> None:
+    """clips/, stills/ and both files of each name of `tables`, see write."""
+    for name in ("clips", "stills"):
+        (folder / name).mkdir()
+    for split, count in (("train", train), ("test", test)):
+        rng = random.Random(f"tasks {split} {seed}")
+        quads = [_quad(folder, rng, f"{split}{number:03d}") for number in range(count)]
+        for name, rows in tables.items():
+            used = quads[:FEW] if rows is llava else quads
+            table = [row for quad in used for row in rows(quad, rng)]
+            (folder / f"{name}_{split}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def _quad(folder: Path, rng: random.Random, name: str) -> Quad:
@@ -84,8 +93,14 @@ def _quad(folder: Path, rng: random.Random, name: str) -> Quad:
         frames = render((event,), rng)
         encode(folder / clip, frames)
         Image.fromarray(frames[0]).save(folder / still)
-        made.append(Clip(event=event, other=other, clip=clip, still=still))
+        made.append(Clip(event=event, other=other, clip=clip, still=still, box=_box(frames[0])))
     return tuple(made)  # pyright: ignore[reportReturnType]
+
+
+def _box(frame: np.ndarray) -> Box:
+    """Around the shape in [h, w, 3] uint8. The background is nearly grey."""
+    y, x = np.nonzero(np.ptp(frame.astype(int), axis=-1) > 60)
+    return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
 
 
 def caption(colour: str, shape: str) -> str:
@@ -103,7 +118,7 @@ def _graded(clip: Clip) -> dict[str, float]:
     }
 
 
-def _said(event: Event, colour: str) -> str:
+def colour_said(event: Event, colour: str) -> str:
     """The answer to QUESTIONS["colour"] about a clip, right or not."""
     return describe("colour", (event,)).replace(f"<MASK> {event.colour} </MASK>", colour)
 
@@ -114,8 +129,8 @@ def dpo(quad: Quad, rng: random.Random) -> Iterator[Row]:
         yield {
             "video": c.clip,
             "prompt": f"<video>\n{COLOUR}",
-            "chosen": _said(c.event, c.event.colour),
-            "rejected": _said(c.event, c.other.colour),
+            "chosen": colour_said(c.event, c.event.colour),
+            "rejected": colour_said(c.event, c.other.colour),
         }
 
 
@@ -194,8 +209,8 @@ def llava(quad: Quad, rng: random.Random) -> Iterator[Row]:
     """Conversations of two turns about a video."""
     for c in quad:
         answer = f"It moves {c.event.direction}."
-        texts = [COLOUR, _said(c.event, c.event.colour), MOVES, answer]
-        yield {"video": c.clip, "conversations": _conversation(*texts)}
+        texts = [COLOUR, colour_said(c.event, c.event.colour), MOVES, answer]
+        yield {"video": c.clip, "conversations": conversation(*texts)}
 
 
 def warmup(quad: Quad, rng: random.Random) -> Iterator[Row]:
@@ -207,15 +222,15 @@ def warmup(quad: Quad, rng: random.Random) -> Iterator[Row]:
         asked, seen = ABOUT.format(rng.choice((c.event, c.other)).colour), SEE.format(c.event.colour)
         for media, *said in (
             (still, CAPTION, caption(c.event.colour, c.event.shape)),
-            (video, COLOUR, _said(c.event, c.event.colour)),
+            (video, COLOUR, colour_said(c.event, c.event.colour)),
             (video, LOOK, SEEN, asked, seen),
             (still, CLASSIFY, rng.choice(list(COLOURS))),
             ({"image": several["image"]}, several["prompt"], several["chosen"]),
         ):
-            yield media | {"conversations": _conversation(*said)}
+            yield media | {"conversations": conversation(*said)}
 
 
-def _conversation(*texts: str) -> list[dict[str, str]]:
+def conversation(*texts: str) -> list[dict[str, str]]:
     """A question without placeholders has them put first by the reader."""
     return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
 
@@ -236,7 +251,7 @@ ROWS = MappingProxyType(
 )
 
 
-def _texts() -> list[str]:
+def sentences() -> list[str]:
     """Every sentence of the rows above, for the tokenizer."""
     found = [CAPTION, CLASSIFY, SEVERAL, LOOK, SEEN, MOVES, *COLOURS]
     found += [caption(*pair) for pair in product(COLOURS, SHAPES)]

@@ -187,3 +187,11 @@ def test_a_failed_run_leaves_nothing_and_a_folder_is_never_overwritten(
     with pytest.raises(ValueError, match="already there"):
         synthetic.write(out, 0, train=2, test=2)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_says_with_what_it_was_built(demo: Path, tmp_path: Path) -> None:
+    assert synthetic.built(demo, seed=7, **ROWS) and not synthetic.built(demo / "none", seed=8)
+    with pytest.raises(ValueError, match=r"demo: built with seed 7, not 8, train 16, not 640; remove the folder"):
+        synthetic.built(demo, seed=8, train=640)
+    with pytest.raises(ValueError, match="seed unknown, not 0"):
+        synthetic.built(tmp_path, seed=0)
