@@ -1,4 +1,4 @@
-"""The small files of a Hugging Face model folder that travel with its weights."""
+"""Hugging Face model folders: what is in them, their small files, and the model itself."""
 
 import json
 import shutil
@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from fastpo.config import Model
+from fastpo.models import attention
 
 VALUE_HEAD = "value_head.safetensors"  # of a critic or a reward model, beside the adapter or the model
 PATTERNS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.jinja", "*processor_config*")
@@ -43,6 +49,29 @@ def checked(path: str, model_type: str, how_to: str) -> Path:
     if missing:
         raise ValueError(f"model.path: {folder} lacks {', '.join(missing)}. {how_to}")
     return folder
+
+
+def how_to(repository: str) -> str:
+    """What to do about a missing folder; repository: of a checkpoint in transformers' layout."""
+    return (
+        f"Download a checkpoint in transformers' layout, for example with `hf download {repository} --local-dir "
+        f"weights/{repository.rpartition('/')[2]}`, and point model.path at that folder."
+    )
+
+
+def loaded(cfg: Model, model_type: str, how_to: str, text_attention: str | None = None) -> PreTrainedModel:
+    """The model of a folder of this type in cfg.dtype, with tree attention, or the one named, in its language part.
+
+    Raises ValueError where weights are missing or of another kind.
+    """
+    return AutoModelForImageTextToText.from_pretrained(
+        checked(cfg.path, model_type, how_to),
+        dtype=getattr(torch, cfg.dtype),
+        attn_implementation={
+            "text_config": text_attention or attention.register(cfg.attention),
+            "vision_config": "sdpa",
+        },
+    )
 
 
 def settings(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:

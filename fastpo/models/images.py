@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 
 from fastpo.data import media
 from fastpo.models import files
-from fastpo.sample import Media
+from fastpo.sample import Encoded, Media
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +116,22 @@ def square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 def stack(pictures: list[Image.Image]) -> Tensor:
     """F pictures of one size -> [F, 3, h, w] uint8."""
     return torch.from_numpy(np.stack([np.asarray(x) for x in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
+def black(
+    token_id: int, tokens: int, shape: tuple[int, ...], *, patches: int, grid: tuple[int, ...] | None = None
+) -> Encoded:
+    """Black pixels of a shape behind so many media tokens; no text, no responses. grid: its only row."""
+    return Encoded(
+        key="blank",
+        prompt=torch.full((tokens,), token_id),
+        responses=(),
+        weights=None,
+        scores=(),
+        patches=patches,
+        pixels=torch.zeros(shape, dtype=torch.uint8),
+        grid=None if grid is None else torch.tensor([grid]),
+    )
 
 
 def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -6,36 +6,24 @@ projected. Facts: transformers 5.23, models/got_ocr2/image_processing_pil_got_oc
 
 import re
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from fastpo.config import Model
 from fastpo.data import media
-from fastpo.models import attention, chat, files, images
+from fastpo.models import chat, files, images, llava
 from fastpo.models.chat import Chat
 from fastpo.models.vision import Apply, at_once
 from fastpo.sample import Encoded, Media, MicroBatch, Sample, Sampling
 
-parts = MappingProxyType(
-    {
-        "vision": ("model.vision_tower",),
-        "projector": ("model.multi_modal_projector",),
-        "language": ("model.language_model",),
-        "head": ("lm_head",),
-    }
-)
+parts = llava.parts
 external = ()
 
-HOW_TO = (
-    "Download a checkpoint in transformers' layout, for example with `hf download OpenGVLab/InternVL3-1B-hf "
-    "--local-dir weights/internvl`, and point model.path at that folder."
-)
+HOW_TO = files.how_to("OpenGVLab/InternVL3-1B-hf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +67,7 @@ def processor(cfg: Model) -> Processor:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return AutoModelForImageTextToText.from_pretrained(
-        files.checked(cfg.path, "internvl", HOW_TO),
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation={"text_config": attention.register(cfg.attention), "vision_config": "sdpa"},
-    )
+    return files.loaded(cfg, "internvl", HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
@@ -153,15 +137,7 @@ def _tiles(p: Processor, item: Media, sampling: Sampling) -> Tensor:
 
 def blank(p: Processor) -> Encoded:
     """One black tile, no text, no responses."""
-    return Encoded(
-        key="blank",
-        prompt=torch.full((p.tokens_per_tile,), p.image_token_id),
-        responses=(),
-        weights=None,
-        scores=(),
-        patches=p.patches**2,
-        pixels=torch.zeros(1, 3, p.size, p.size, dtype=torch.uint8),
-    )
+    return images.black(p.image_token_id, p.tokens_per_tile, (1, 3, p.size, p.size), patches=p.patches**2)
 
 
 def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:
@@ -176,12 +152,4 @@ def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply 
 
 def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = None) -> Tensor:
     """See Family. features: [visual tokens, H] in row order."""
-    visual = {} if features is None else {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    return model.model(
-        input_ids=batch.ids[None],
-        position_ids=batch.positions[None],
-        mm_encoder_outputs=visual or None,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        tree=batch.tree if cache is None else None,
-    ).last_hidden_state[0]
+    return llava.last_hidden(model, batch, {} if features is None else {"image": features}, cache)

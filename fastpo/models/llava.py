@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from fastpo.config import Model
-from fastpo.models import attention, chat, files, images
+from fastpo.models import chat, files, images
 from fastpo.models.chat import Chat
 from fastpo.models.vision import Apply, at_once
 from fastpo.sample import BadSample, Encoded, MicroBatch, Sample, Sampling
@@ -31,10 +30,7 @@ parts = MappingProxyType(
 )
 external = ()
 
-HOW_TO = (
-    "Download a checkpoint in transformers' layout, for example with `hf download llava-hf/llava-1.5-7b-hf --local-dir "
-    "weights/llava-1.5-7b-hf`, and point model.path at that folder."
-)
+HOW_TO = files.how_to("llava-hf/llava-1.5-7b-hf")
 
 # transformers 5.23 keeps only the hidden states asked for; before, all layers' (0.7 GB for 16 frames of SigLIP-so400m)
 CAPTURES_ONE = hasattr(output_capturing, "select_hidden_states")
@@ -86,16 +82,7 @@ def facts(cfg: Model, folder: Path, config: Any) -> Processor:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The Llava model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return loaded(cfg, "llava", HOW_TO)
-
-
-def loaded(cfg: Model, model_type: str, how_to: str) -> PreTrainedModel:
-    """The model of a folder of this type, with tree attention in its language part."""
-    return AutoModelForImageTextToText.from_pretrained(
-        files.checked(cfg.path, model_type, how_to),
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation={"text_config": attention.register(cfg.attention), "vision_config": "sdpa"},
-    )
+    return files.loaded(cfg, "llava", HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
@@ -148,16 +135,8 @@ def blank(p: Processor) -> Encoded:
 
 def black(p: Processor, tokens: int, *, pictures: int, grid: tuple[int, ...] | None = None) -> Encoded:
     """An image of black pictures alone."""
-    return Encoded(
-        key="blank",
-        prompt=torch.full((tokens,), p.image_token_id),
-        responses=(),
-        weights=None,
-        scores=(),
-        patches=pictures * p.patches**2,
-        pixels=torch.zeros(pictures, 3, p.images.side, p.images.side, dtype=torch.uint8),
-        grid=None if grid is None else torch.tensor([grid]),
-    )
+    shape = pictures, 3, p.images.side, p.images.side
+    return images.black(p.image_token_id, tokens, shape, patches=pictures * p.patches**2, grid=grid)
 
 
 def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:
@@ -182,11 +161,20 @@ def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = 
 
 
 def last_hidden(model: Any, batch: MicroBatch, visual: dict[str, Any], cache: Any) -> Tensor:
-    """[T, H] of the language model. visual: what the outputs of the encoders would hold, by kind."""
-    return model.model(
-        input_ids=batch.ids[None],
+    """[T, H] of the language model. visual: features [visual tokens, H] of "image" and "video", or parts of them.
+
+    The features are put in here: `mm_encoder_outputs`, which transformers 5.23 has for it, earlier ones ignore silently.
+    """
+    text, ids = model.model.language_model, batch.ids
+    embeds = text.get_input_embeddings()(ids)
+    for kind, parts in visual.items():
+        features = parts if isinstance(parts, Tensor) else torch.cat(parts)
+        place = (ids == getattr(model.config, f"{kind}_token_id"))[:, None].expand_as(embeds)
+        assert int(place.sum()) == features.numel()
+        embeds = embeds.masked_scatter(place, features.to(embeds.dtype))
+    return text(
+        inputs_embeds=embeds[None],
         position_ids=batch.positions[None],
-        mm_encoder_outputs={kind: BaseModelOutputWithPooling(pooler_output=x) for kind, x in visual.items()} or None,
         past_key_values=cache,
         use_cache=cache is not None,
         tree=batch.tree if cache is None else None,

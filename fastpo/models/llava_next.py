@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fastpo.config import Model
 from fastpo.data import media
-from fastpo.models import anyres, images, llava
+from fastpo.models import anyres, files, images, llava
 from fastpo.models.llava import Processor, hidden
 from fastpo.models.vision import Apply, at_once
 from fastpo.sample import Encoded, Sample, Sampling
@@ -20,10 +20,7 @@ __all__ = ["blank", "encode", "external", "hidden", "load", "parts", "pixels", "
 parts = MappingProxyType({**llava.parts, "projector": ("model.multi_modal_projector", "model.image_newline")})
 external = ("model.image_newline",)
 
-HOW_TO = (
-    "Download a checkpoint in transformers' layout, for example with `hf download llava-hf/llava-v1.6-mistral-7b-hf "
-    "--local-dir weights/llava-v1.6-mistral-7b-hf`, and point model.path at that folder."
-)
+HOW_TO = files.how_to("llava-hf/llava-v1.6-mistral-7b-hf")
 
 
 def processor(cfg: Model) -> Processor:
@@ -45,7 +42,7 @@ def tiled(cfg: Model, folder: Path, config: Any) -> Processor:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The LlavaNext model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return llava.loaded(cfg, "llava_next", HOW_TO)
+    return files.loaded(cfg, "llava_next", HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastpo.config import Model
 from fastpo.data import media
-from fastpo.models import anyres, images, llava, llava_next
+from fastpo.models import anyres, files, images, llava, llava_next
 from fastpo.models.llava import Processor
 from fastpo.models.vision import Apply, at_once
 from fastpo.sample import Encoded, Media, MicroBatch, Sample, Sampling
@@ -27,11 +27,7 @@ external = llava_next.external
 
 ALONE, TOGETHER, VIDEO = range(3)  # the kinds of an item: the only image of a prompt, one of several, a video
 
-HOW_TO = (
-    "Download a checkpoint in transformers' layout, for example with `hf download "
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf --local-dir weights/llava-onevision-qwen2-7b-ov-hf`, and point model.path "
-    "at that folder."
-)
+HOW_TO = files.how_to("llava-hf/llava-onevision-qwen2-7b-ov-hf")
 
 
 def processor(cfg: Model) -> Processor:
@@ -46,7 +42,7 @@ def processor(cfg: Model) -> Processor:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The LlavaOnevision model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return llava.loaded(cfg, "llava_onevision", HOW_TO)
+    return files.loaded(cfg, "llava_onevision", HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:

@@ -74,7 +74,7 @@ def processor(cfg: Model) -> Processor:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The LlavaOnevision model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return llava.loaded(cfg, "llava_onevision", HOW_TO)
+    return files.loaded(cfg, "llava_onevision", HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
@@ -123,15 +123,7 @@ def pixels(p: Processor, sample: Sample, sampling: Sampling) -> Tensor | None:
 
 def blank(p: Processor) -> Encoded:
     """One black frame, no text, no responses."""
-    return Encoded(
-        key="blank",
-        prompt=torch.full((p.tokens_per_frame,), p.video_token_id),
-        responses=(),
-        weights=None,
-        scores=(),
-        patches=p.patches**2,
-        pixels=torch.zeros(1, 3, p.size, p.size, dtype=torch.uint8),
-    )
+    return images.black(p.video_token_id, p.tokens_per_frame, (1, 3, p.size, p.size), patches=p.patches**2)
 
 
 def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor, apply: Apply = at_once) -> Tensor:

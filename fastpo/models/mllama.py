@@ -22,7 +22,6 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     PreTrainedModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,20 +33,10 @@ from fastpo.models import attention, chat, files, images, llava
 from fastpo.models.chat import Chat
 from fastpo.sample import Encoded, Media, MicroBatch, Sample, Sampling
 
-parts = MappingProxyType(
-    {
-        "vision": ("model.vision_model",),
-        "projector": ("model.multi_modal_projector",),
-        "language": ("model.language_model",),
-        "head": ("lm_head",),
-    }
-)
+parts = MappingProxyType({**llava.parts, "vision": ("model.vision_model",)})
 external = ()
 
-HOW_TO = (
-    "Download a checkpoint, for example with `hf download meta-llama/Llama-3.2-11B-Vision-Instruct --local-dir "
-    "weights/mllama`, and point model.path at that folder."
-)
+HOW_TO = files.how_to("meta-llama/Llama-3.2-11B-Vision-Instruct")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +89,7 @@ def processor(cfg: Model) -> Processor:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return AutoModelForImageTextToText.from_pretrained(
-        files.checked(cfg.path, "mllama", HOW_TO),
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation={"text_config": _register(cfg.attention), "vision_config": "sdpa"},
-    )
+    return files.loaded(cfg, "mllama", HOW_TO, _register(cfg.attention))
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
@@ -167,16 +152,7 @@ def _tiles(p: Processor, item: Media) -> Tensor:
 
 def blank(p: Processor) -> Encoded:
     """One black image of one tile, no text, no responses."""
-    return Encoded(
-        key="blank",
-        prompt=torch.tensor([p.image_token_id]),
-        responses=(),
-        weights=None,
-        scores=(),
-        patches=p.patches,
-        pixels=torch.zeros(1, 3, p.size, p.size, dtype=torch.uint8),
-        grid=torch.tensor([[1, 1]]),
-    )
+    return images.black(p.image_token_id, 1, (1, 3, p.size, p.size), patches=p.patches, grid=(1, 1))
 
 
 def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     PreTrainedModel,
     Qwen2_5_VLModel,
     Qwen2VLModel,
@@ -29,7 +28,7 @@ from transformers import (
 
 from fastpo.config import Model
 from fastpo.data import media
-from fastpo.models import attention, chat, files, images
+from fastpo.models import chat, files, images
 from fastpo.models.chat import Chat
 from fastpo.sample import BadSample, Encoded, Media, MicroBatch, Sample, Sampling
 
@@ -44,10 +43,7 @@ parts = MappingProxyType(
 external = ()
 
 MODELS: dict[str, Any] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
-HOW_TO = (
-    "Download a checkpoint of that kind, for example with `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir "
-    "weights/qwen`, and point model.path at that folder."
-)
+HOW_TO = files.how_to("Qwen/Qwen2.5-VL-3B-Instruct")
 Shape = tuple[int, int, int]  # patches of an item along time, height and width
 
 
@@ -114,11 +110,7 @@ def _video_tokens(folder: Path, family: str) -> int | None:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return AutoModelForImageTextToText.from_pretrained(
-        files.checked(cfg.path, cfg.family, HOW_TO),
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation={"text_config": attention.register(cfg.attention), "vision_config": "sdpa"},
-    )
+    return files.loaded(cfg, cfg.family, HOW_TO)
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
@@ -267,16 +259,8 @@ def blank(p: Processor) -> Encoded:
     """One black image of one token, no text, no responses."""
     v = p.config.vision_config
     side = v.spatial_merge_size
-    return Encoded(
-        key="blank",
-        prompt=torch.tensor([p.config.image_token_id]),
-        responses=(),
-        weights=None,
-        scores=(),
-        patches=side**2,
-        pixels=torch.zeros(side**2, 3 * v.temporal_patch_size * v.patch_size**2, dtype=torch.uint8),
-        grid=torch.tensor([[1, side, side]]),
-    )
+    shape = side**2, 3 * v.temporal_patch_size * v.patch_size**2
+    return images.black(p.config.image_token_id, 1, shape, patches=side**2, grid=(1, side, side))
 
 
 def vision(model: Any, p: Processor, pixels: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
