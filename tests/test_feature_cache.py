@@ -124,10 +124,12 @@ def test_features_of_a_row_are_those_of_its_samples(folders, tmp_path, name):
             ]
         return pack(found, None)
 
-    made = feature_cache.of_row(partial(family.vision, model, p), row(decode=True), LIMIT)
+    first = row(decode=True)
+    made = feature_cache.of_row(partial(family.vision, model, p), first, LIMIT)
     again = row(decode=False)
     kept = feature_cache.of_row(lambda *_: pytest.fail("seen again"), again, LIMIT)
-    assert len(again.pixels) == 0 and torch.equal(again.grid, whole.grid) and torch.equal(again.ids, whole.ids)
+    assert len(first.pixels) == len(again.pixels) == 0  # they are in `shown`, once
+    assert torch.equal(again.grid, whole.grid) and torch.equal(again.ids, whole.ids)
     torch.testing.assert_close(made, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kept, made, rtol=0, atol=0)
     hidden = partial(family.hidden, model)
@@ -231,9 +233,10 @@ def test_what_features_depend_on(demo, tmp_path):
     def settings(*more: str):
         return load(RECIPE, options(demo, tmp_path, *on(tmp_path / "cache"), *more))
 
-    def look(*more: str):
+    def look(*more: str, learned: float = 0.0):
         run = settings(*more)
         policy = make_policy(run, frozenset({"logp"}), "cpu")
+        policy.core.model.multi_modal_projector.linear_1.bias.data[0] += learned
         engine: Any = SimpleNamespace(policy=policy, gathered=lambda _: nullcontext(), device=torch.device("cpu"))
         file = feature_look(run, engine)(tiny.blank(), ()).file
         assert file is not None and file.parent == tmp_path / "cache"
@@ -243,6 +246,7 @@ def test_what_features_depend_on(demo, tmp_path):
     names = [look("engine.zero=0", *more) for more in ([], *([x] for x in changed if "bfloat16" not in x))]
     names.append(look("engine.zero=1", changed[-1]))
     assert len(set(names)) == 1 + len(changed)
+    assert look("engine.zero=0", learned=1e-3) not in names
     assert look("engine.zero=0", "model.lora.r=8", "batch.tokens=900", "optim.lr=1e-3") == names[0]
     with pytest.raises(ValueError, match=r"would change with model.lora.target"):
         look("engine.zero=0", "model.lora.target=.*vision_tower.*fc1", "reference.mode=none")
