@@ -137,9 +137,9 @@ def on_sigterm() -> threading.Event:
 
 
 def make_data(run: Run) -> None:
-    """Writes the built-in demo data where data.synthetic asks for it and it is not there yet."""
+    """Writes the demo's data where data.synthetic asks for it, once. Raises ValueError for that of another seed."""
     rank, _, _ = init_distributed()
-    if run.data.synthetic is not None and not run.data.synthetic.exists():
+    if run.data.synthetic is not None and not synthetic.built(run.data.synthetic, seed=run.seed):
         _say(rank, f"writing the demo's clips, questions and tiny model to {run.data.synthetic}")
         if rank == 0:
             synthetic.write(run.data.synthetic, run.seed)

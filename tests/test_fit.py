@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fastpo import fit as fit_module
 from fastpo import train
 from fastpo.config import load
-from fastpo.fit import fit
+from fastpo.fit import fit, make_data
 from fastpo.merge import merge
 from fastpo.sample import BadSample
 from tests.ranks import ENVIRONMENT, ROOT
@@ -71,13 +71,21 @@ def test_first_step_is_log_2_and_every_number_is_logged(base):
     assert abs(found[3]["loss"] - found[2]["loss"]) > 1e-6
 
 
-def test_two_ranks_equal_one(base, demo, tmp_path, two_ranks):
-    out, found = base
-    two_ranks(str(RECIPE), *options(demo, tmp_path))
-    two = rows(tmp_path)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_equal_one_and_one_continues_what_they_began(base, demo, tmp_path, two_ranks, stage):
+    more = (f"engine.zero={stage}", "save_every=2")
+    two_ranks(str(RECIPE), *options(demo, tmp_path, *more))
+    equal(tmp_path, base)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000004")
+    run(demo, tmp_path, *more)
+    equal(tmp_path, base)
+
+
+def equal(out: Path, base: tuple[Path, list[dict]]) -> None:
+    folder, found = base
     for name in ("loss", "margin", "kl", "grad_norm"):
-        torch.testing.assert_close([r[name] for r in two], [r[name] for r in found], rtol=1e-5, atol=1e-7)
-    ours, theirs = (torch.cat([w.flatten() for w in adapter(folder).values()]) for folder in (tmp_path, out))
+        torch.testing.assert_close([r[name] for r in rows(out)], [r[name] for r in found], rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.cat([w.flatten() for w in adapter(made).values()]) for made in (out, folder))
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
@@ -240,6 +248,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
     with pytest.raises(FloatingPointError, match=r"not finite.*train.json:\d+"):
         run(demo, tmp_path / "out", f"model.path={model}")
     assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+def test_the_demos_data_of_another_seed_are_refused(demo, tmp_path):
+    make_data(load(RECIPE, options(demo, tmp_path, f"data.synthetic={demo}")))
+    with pytest.raises(ValueError, match=r"data: built with seed 0, not 1; remove the folder or name another one"):
+        make_data(load(RECIPE, options(demo, tmp_path, f"data.synthetic={demo}", "seed=1")))
 
 
 def test_missing_weights_say_what_to_do(demo, tmp_path):
