@@ -163,7 +163,7 @@ def hidden(model: Any, batch: MicroBatch, features: Tensor | None, cache: Any = 
 def last_hidden(model: Any, batch: MicroBatch, visual: dict[str, Any], cache: Any) -> Tensor:
     """[T, H] of the language model. visual: features [visual tokens, H] of "image" and "video", or parts of them.
 
-    The features are put in here: `mm_encoder_outputs`, which transformers 5.23 has for it, earlier ones ignore silently.
+    They are put in here: `mm_encoder_outputs`, which transformers 5.23 has for it, is ignored silently by earlier ones.
     """
     text, ids = model.model.language_model, batch.ids
     embeds = text.get_input_embeddings()(ids)
