@@ -95,12 +95,14 @@ def _checked(mine: Step, peers: dict[str, Step]) -> list[tuple[float, float]]:
 def _compare(
     benchmark: Any, results: Any, bench: str, runs: dict[str, Step], mine: Ours, found: list[tuple[float, float]]
 ) -> None:
-    measured, encoded = steps.measure(runs), mine.table.encoded
+    measured = steps.measure(runs)
+    rows_of = [(len(e.prompt), len(response)) for e in mine.table.encoded for response in e.responses]
+    prompts, answers = (sum(column) for column in zip(*rows_of, strict=True))
     case = {
         "bench": bench,
         "images": IMAGES,
         "candidates": len(ANSWERS),
-        "prompt_share": round(sum(len(e.prompt) for e in encoded) / sum(e.tokens for e in encoded), 3),
+        "prompt_share": round(prompts / (prompts + answers), 3),  # of a row of a prompt and one answer
         "dtype": DTYPE,
         "device": harness.device_name(),
         "versions": harness.versions(),

@@ -40,8 +40,8 @@ timed 60 -m gpu "${tests[@]}"
 timed 75 "${bench[@]}" bench/bench_attention.py
 timed 45 "${bench[@]}" bench/bench_splice.py
 if [ -z "$steps" ]; then
-  timed 130 "${bench[@]}" -s bench/bench_step_trl.py bench/bench_step_frames.py
-  timed 260 "${bench[@]}" bench/bench_head.py
+  timed 150 "${bench[@]}" -s bench/bench_step_trl.py bench/bench_step_frames.py
+  timed 240 "${bench[@]}" bench/bench_head.py
 else
   timed 390 "${bench[@]}" bench/bench_head.py
 fi

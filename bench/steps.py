@@ -1,7 +1,8 @@
 """Whole training steps to compare and to take apart: small models and rows on disk, a step of fastpo, a step of TRL.
 
-On CUDA the models have the size of a 0.5B one, in bf16. On the CPU they are small, with the head's share of the work of
-one position as there (0.28), and, in videos, attention's share of a 7B model's step at the same number of frames.
+On CUDA the models are those of 0.5B, in bf16, with pictures of 256 tokens. On the CPU they are small, with the head's
+share of the work of one position as there (0.28), and, in videos, attention's share of a 7B model's step at the same
+number of frames.
 """
 
 import json
@@ -57,7 +58,7 @@ class Size(NamedTuple):
     vocabulary: int
 
 
-QWEN = Size(336, 14, (1024, 4096, 24, 16), (896, 4864, 24, 14, 2), 151_936)
+QWEN = Size(224, 14, (1024, 4096, 24, 16), (896, 4864, 24, 14, 2), 151_936)
 PICTURES = QWEN if CUDA else Size(56, 7, (128, 256, 4, 4), (256, 512, 4, 4, 4), 4096)
 VIDEO = QWEN if CUDA else Size(64, 8, (128, 512, 2, 4), (384, 2048, 2, 6, 2), 4096)
 
@@ -330,8 +331,8 @@ class Measured(NamedTuple):
         return "\n".join(lines)
 
 
-def measure(runs: dict[str, Step], rounds: int = 5) -> dict[str, Measured]:
-    """Steps in turns, on one thread, so that a busy machine slows all of them; each runs three times more."""
+def measure(runs: dict[str, Step], rounds: int = 4) -> dict[str, Measured]:
+    """Steps in turns, on one thread, so that a busy machine slows all of them. Each has run twice before, counted."""
     torch.set_num_threads(1)  # accelerate and DeepSpeed have set their own number
     counted, attention, peaks = {}, {}, {}
     for name, step in runs.items():
@@ -341,7 +342,6 @@ def measure(runs: dict[str, Step], rounds: int = 5) -> dict[str, Measured]:
         attention[name] = sum(count for op, count in products.items() if "attention" in str(op))
         batch = step.data()
         peaks[name] = peak_bytes(lambda step=step, batch=batch: step.train(batch)) / 2**20
-        parts(step, seconds)  # warm-up
     names, found = list(runs), {name: [] for name in runs}
     for turn in range(rounds):
         shift = turn % len(names)
