@@ -3,6 +3,7 @@
 out/checkpoints/step_000100/
     adapter/ or model/   loads with plain peft / transformers
     engine/              DeepSpeed's optimizer, scheduler and trained weights, one file per rank
+    universal/           the same for any number of ranks, where another number has resumed from it
     state.json           step, number of ranks, the configuration that wrote it
 """
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastpo.config import Run
-from fastpo.engine import Engine
+from fastpo.engine import Engine, universal
 from fastpo.models.files import VALUE_HEAD, copy_side_files
 
 HARMLESS = (
@@ -63,14 +64,23 @@ def latest(run: Run) -> Path | None:
             f"out: {run.out} holds checkpoints of another configuration (differs in {', '.join(changed)}); "
             "use another `out`"
         )
-    if state["ranks"] != dist.get_world_size():
-        raise ValueError(f"{found[-1]} was written by {state['ranks']} ranks, this run has {dist.get_world_size()}")
     return found[-1]
+
+
+def of_other_ranks(folder: Path) -> bool:
+    """Whether another number of ranks wrote it; then it is rewritten once for any number. Collective."""
+    state = json.loads((folder / "state.json").read_text())
+    if state["ranks"] == dist.get_world_size() or state["run"]["engine"]["zero"] == 0:  # without ZeRO each rank has all
+        return False
+    if dist.get_rank() == 0 and not (folder / "universal").exists():
+        universal(folder)
+    dist.barrier()
+    return True
 
 
 def load(engine: Engine, folder: Path) -> int:
     """Restores the engine and returns the number of optimizer steps done."""
-    return int(engine.load(folder)["step"])
+    return int(engine.load(folder, "universal" if engine.universal else "engine")["step"])
 
 
 def export(engine: Engine, run: Run, folder: Path) -> Path:

@@ -6,11 +6,14 @@ the hooks of ZeRO-3, tuples do not.
 """
 
 import os
+import shutil
 import socket
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +97,9 @@ def sharded_loading(run: Run) -> object:
 class Engine:
     """A wrapped policy: forward, backward, step, and collectives over all ranks."""
 
-    def __init__(self, run: Run, policy: Policy, total_steps: int):
-        self.run, self.ranks = run, dist.get_world_size()
+    def __init__(self, run: Run, policy: Policy, total_steps: int, *, universal: bool = False):
+        """universal: it will load what `universal` made."""
+        self.run, self.ranks, self.universal = run, dist.get_world_size(), universal
         if run.engine.zero == 3:
             for parameter in policy.external_parameters():
                 deepspeed.zero.register_external_parameter(policy, parameter)
@@ -112,7 +116,7 @@ class Engine:
             model=policy,
             optimizer=optimizer,
             lr_scheduler=scheduler,  # pyright: ignore[reportArgumentType]
-            config=ds_config(run),
+            config=ds_config(run) | {"checkpoint": {"load_universal": universal}},
         )
         self.device: torch.device = self.ds.device  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -200,8 +204,25 @@ class Engine:
             str(folder), tag="engine", client_state=client_state, save_latest=False, exclude_frozen_parameters=True
         )
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what `save` wrote, on the same number of ranks. Returns the client state."""
-        _, state = self.ds.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+    def load(self, folder: Path, tag: str = "engine") -> dict[str, Any]:
+        """Restores what `save` wrote on the same number of ranks, or "universal" on any. Returns the client state."""
+        _, state = self.ds.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         assert state is not None, f"{folder} holds no engine state"
         return state
+
+
+def universal(folder: Path) -> None:
+    """Rewrites folder/engine as folder/universal, which any number of ranks can load. Needs as much room again."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    partial = folder / "universal.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(folder / "engine"), output_folder=str(partial), inject_missing_state=True, **options
+            )
+        )
+    (folder / "latest_universal").unlink()
+    partial.rename(folder / "universal")

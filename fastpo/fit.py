@@ -61,7 +61,8 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
         _write_run_yaml(run)
         metrics.list_skipped(run.out, [*table.skipped, *(held_out.skipped if held_out else [])])
 
-    engine = Engine(run, make_policy(run, losses.needs(objective), device), total)
+    rewritten = resume is not None and checkpoint.of_other_ranks(resume)
+    engine = Engine(run, make_policy(run, losses.needs(objective), device), total, universal=rewritten)
     if run.model.cache_features:
         feed = replace(feed, look=feature_look(run, engine))
     scorer = reward_model.load(run, device) if run.rollout and run.rollout.reward_model else None
