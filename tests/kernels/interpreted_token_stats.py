@@ -31,7 +31,7 @@ def problem(
     return Inputs(
         hidden=rounded(0, N, size, dtype=dtype),
         weight=rounded(1, V, size, dtype=dtype, scale=2 / size**0.5),
-        bias=rounded(2, V, dtype=dtype) if extras else None,
+        bias=rounded(2, 2 * V, dtype=dtype)[::2] if extras else None,  # not contiguous
         target=torch.tensor([0, V - 1, 511, 512, 256]),  # both sides of the edges of blocks
         ref_hidden=rounded(3, N, size, dtype=dtype),
         ref_weight=rounded(4, V, size, dtype=dtype, scale=2 / size**0.5) if own else None,

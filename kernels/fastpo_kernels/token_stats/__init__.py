@@ -13,12 +13,13 @@ from fastpo_kernels.dispatch import choose
 from fastpo_kernels.token_stats import chunked, reference
 from fastpo_kernels.token_stats.reference import Inputs
 from fastpo_kernels.token_stats.sharded import Shard, copied, gathered
+from fastpo_kernels.token_stats.ways import capability, choose_way
 from fastpo_kernels.types import TokenStats
 
 __all__ = ["Shard", "folded_logp", "gathered", "token_stats"]
 
 HAS_TRITON = find_spec("triton") is not None
-RUNS = {  # best first; "triton" is behind "chunked" since it has not been measured
+RUNS = {  # "auto" is the first after that of ways.TABLE
     "chunked": lambda hidden: True,
     "triton": lambda hidden: HAS_TRITON and hidden.is_cuda and hidden.dtype != torch.float64,
     "reference": lambda hidden: True,
@@ -60,12 +61,13 @@ def token_stats(
     policy; reverse_kl [N] = KL(policy || reference), like kl, where reverse_kl_rows is given. Gradients flow from logp,
     kl and reverse_kl to hidden, weight and bias, never to or through the reference, also where it uses weight.
 
-    backend: "reference" is the definition, with whole [N, V] logits; "chunked", which "auto" chooses, makes tiles of
-    at most 256 MB; "triton" (CUDA, not float64) is chunked with one kernel in place of the elementwise PyTorch on a tile,
-    or, for small H, no unit gradient and no reverse KL, logits that never leave the registers. Only "chunked" takes a
-    shard. Under a frozen weight and bias the forward of the latter two also computes the gradient of each row, so that
-    the backward does not touch the weight, which may be partitioned away by then (ZeRO-3); under a trainable one the
-    backward reads weight, bias and ref_weight again, which must be gathered by then.
+    backend: "reference" is the definition, with whole [N, V] logits; "chunked" makes tiles of at most 256 MB; "triton"
+    (CUDA, not float64) is chunked with one kernel in place of the elementwise PyTorch on a tile, or, for small H, no
+    unit gradient and no reverse KL, logits that never leave the registers. "auto" is "triton" on devices of capability
+    8.x and 9.x, else "chunked": the table of `ways`, a paper analysis, since none was timed on a GPU. Only "chunked"
+    takes a shard. Under a frozen weight and bias the forward of "chunked" and "triton" also computes the gradient of
+    each row, so that the backward does not touch the weight, which may be partitioned away by then (ZeRO-3); under a
+    trainable one the backward reads weight, bias and ref_weight again, which must be gathered by then.
 
     Raises ValueError for shapes, dtypes, devices and backends that do not fit, ref_weight, kl_rows or reverse_kl_rows
     without ref_hidden, and on the CPU for a target outside of [0, V); on CUDA that is a device-side assertion, without
@@ -79,12 +81,16 @@ def token_stats(
     lacking = {"triton", "reference"} if shard is not None else set()
     if backend in lacking:
         raise ValueError(f"backend {backend!r} has no shard; use 'chunked'")
-    name = choose(backend, hidden, {name: runs for name, runs in RUNS.items() if name not in lacking})
+    unit_gradient = _wants_unit_gradient(x)
+    way = choose_way(capability(hidden.device), hidden.shape[1], hidden.dtype, unit_gradient)
+    names = ("chunked" if way == "chunked" else "triton", *RUNS)
+    name = choose(backend, hidden, {name: RUNS[name] for name in names if name not in lacking})
     with torch.autocast(hidden.device.type, enabled=False):
         if name == "reference":
             return reference.stats(x)
         x = x._replace(**{k: v.cpu() for k, v in _rows(x).items()})
-        return _fused(_backend(name), x if shard is None else x._replace(hidden=copied(hidden, shard)))
+        x = x if shard is None else x._replace(hidden=copied(hidden, shard))
+        return TokenStats(*_Fused.apply(_backend(name), unit_gradient, *x))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def folded_logp(
@@ -141,10 +147,9 @@ def _backend(name: str) -> ModuleType:
     return launch
 
 
-def _fused(backend: ModuleType, x: Inputs) -> TokenStats:
+def _wants_unit_gradient(x: Inputs) -> bool:
     trains_head = any(t is not None and t.requires_grad for t in (x.weight, x.bias))
-    unit_gradient = torch.is_grad_enabled() and x.hidden.requires_grad and not trains_head
-    return TokenStats(*_Fused.apply(backend, unit_gradient, *x))  # pyright: ignore[reportGeneralTypeIssues]
+    return torch.is_grad_enabled() and x.hidden.requires_grad and not trains_head
 
 
 class _Fused(torch.autograd.Function):

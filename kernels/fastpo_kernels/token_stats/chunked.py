@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastpo_kernels.token_stats.reference import Inputs, accumulator
 from fastpo_kernels.token_stats.sharded import highest, total
+from fastpo_kernels.token_stats.ways import HALF
 from fastpo_kernels.types import TokenStats
 
 # fp32 logits of one model in one chunk: 441 rows at V = 152k. A GEMM needs about 266 rows before it stops waiting for
@@ -25,7 +26,6 @@ from fastpo_kernels.types import TokenStats
 TILE_BYTES = 256 << 20
 MIN_ROWS = 256
 CPU_TILE_BYTES = 16 << 20  # on the CPU, where MIN_ROWS allow it, so that a tile stays in the last-level cache (33 MB)
-HALF = (torch.float16, torch.bfloat16)
 
 
 class UnitGradient(NamedTuple):
@@ -90,7 +90,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, x: Inputs, wanted: Sequence[bool], dtype: torch.dtype) -> "Gradients":
-        """Of hidden, weight and bias, those `wanted`. dtype: of that of hidden, whose rows are 0 until they are added."""
+        """Of hidden, weight and bias, those `wanted`. dtype: of that of hidden, whose rows are 0 until added."""
         wide, device = accumulator(x.hidden.dtype), x.hidden.device
         hidden = torch.zeros_like(x.hidden, dtype=dtype) if wanted[0] else None
         weight = torch.empty(x.weight.shape, dtype=wide, device=device) if wanted[1] else None

@@ -2,7 +2,7 @@
 
 Two ways to the statistics. "tile" is chunked's: cuBLAS writes fp32 logits of some rows, `kernel.rows` reads them once
 or twice and leaves their gradient in their place for the next GEMM. "register" is `kernel.head`: the logits never leave
-the registers, and so there is nothing to take a gradient from.
+the registers, and so there is nothing to take a gradient from. `ways` says which is taken where.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,9 @@ from torch import Tensor
 
 from fastpo_kernels.token_stats import chunked, kernel
 from fastpo_kernels.token_stats.reference import Inputs
+from fastpo_kernels.token_stats.ways import BLOCK_H, capability, choose_way
 from fastpo_kernels.triton_launch import Launch, run
 from fastpo_kernels.types import TokenStats
-
-# Where the "register" way is taken: fp16 or bf16, no unit gradient, H up to this and a multiple of BLOCK_H. A paper
-# analysis, not a measurement: a bf16 tile's traffic costs 59 % of a GEMM pass at H = 896 and 15 % at 3584 (H100, 3.0
-# TB/s), an fp32 one's twice that, and Triton's GEMM was taken to reach 70-85 % of cuBLAS.
-REGISTER_SIZE = 2048
-BLOCK_H = 64
 
 
 class Config(NamedTuple):
@@ -46,9 +41,10 @@ MERGE_BLOCK, MERGE_WARPS = 128, 4
 
 def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, chunked.UnitGradient | None]:
     """See chunked.forward. The register way has no reverse KL."""
-    if unit_gradient or x.reverse_kl_rows is not None or not _registers_fit(x):
-        return chunked.forward(x, unit_gradient, chunk)
-    return register_stats(x, *_device(x.hidden.device)), None
+    way = choose_way(capability(x.hidden.device), x.hidden.shape[1], x.hidden.dtype, unit_gradient)
+    if way == "register" and x.reverse_kl_rows is None and _aligned(x):
+        return register_stats(x, *_device(x.hidden.device)), None
+    return chunked.forward(x, unit_gradient, chunk)
 
 
 def backward(x: Inputs, g: chunked.Coefficients, wanted: Sequence[bool]) -> chunked.Gradients:
@@ -141,7 +137,7 @@ def rows(
         "u_ptr": u,
         "k_ptr": k,
         "r_ptr": r,
-        "bias_ptr": x.bias,
+        "bias_ptr": None if x.bias is None else x.bias.contiguous(),
         "target_ptr": x.target,
         "slot_ptr": _slots(order, len(z)).to(z.device),
         "reverse_slot_ptr": None if reverse is None else _slots(reverse, len(z)).to(z.device),
@@ -224,7 +220,7 @@ def registers(x: Inputs, stats: Tensor, tma: bool, processors: int) -> tuple[Lau
         "w": operand(x.weight, config.block_v),
         "ref_x": operand(x.ref_hidden, config.block_n),
         "ref_w": operand(x.ref_weight, config.block_v),
-        "bias_ptr": x.bias,
+        "bias_ptr": None if x.bias is None else x.bias.contiguous(),
         "target_ptr": x.target,
         "part_ptr": part,
         "N": num_rows,
@@ -252,12 +248,9 @@ def registers(x: Inputs, stats: Tensor, tma: bool, processors: int) -> tuple[Lau
     )
 
 
-def _registers_fit(x: Inputs) -> bool:
-    """Whether logits can stay in registers, and should (REGISTER_SIZE)."""
-    size = x.hidden.shape[1]
-    heads = [w for w in (x.weight, x.ref_weight) if w is not None]
-    aligned = all(w.data_ptr() % 16 == 0 for w in heads)  # TMA's need; a view into ZeRO's flat buffer may lack it
-    return x.hidden.dtype in chunked.HALF and size <= REGISTER_SIZE and size % BLOCK_H == 0 and aligned
+def _aligned(x: Inputs) -> bool:
+    """As TMA needs the heads to be; a view into ZeRO's flat buffer may not."""
+    return all(w.data_ptr() % 16 == 0 for w in (x.weight, x.ref_weight) if w is not None)
 
 
 def _device(device: torch.device) -> tuple[bool, int]:
