@@ -236,7 +236,6 @@ def try_recipes(out: Path, names: Sequence[str] = tuple(RECIPES), *, quick: bool
     rows, lines = [], []
     teach(out, {RECIPES[name].model for name in names}, quick=quick, seed=seed)
     for name in names:
-        started = time.monotonic()
         for module, argv in commands(name, out, steps=2 if quick else 12, seed=seed):
             lines.append(shlex.join(["python", "-m", f"fastpo.{module}", *argv]))
             Console().print(f"\n$ {lines[-1]}", highlight=False, markup=False, soft_wrap=True)
@@ -244,7 +243,7 @@ def try_recipes(out: Path, names: Sequence[str] = tuple(RECIPES), *, quick: bool
                 train.main(argv)
             elif not Path(argv[-1]).exists():
                 merge.main(argv)
-        rows.append(summary(name, out / name, time.monotonic() - started))
+        rows.append(summary(name, out / name))
     titles = (
         "| recipe | loss, first step | last step | held out | before | after | seconds |",
         "|---|--:|--:|---|--:|--:|--:|",
@@ -294,13 +293,13 @@ def commands(name: str, out: Path, *, steps: int, seed: int = 0) -> list[tuple[s
     return [*([merge] if merge else []), ("train", [config, *keys])]
 
 
-def summary(name: str, out: Path, seconds: float) -> str:
+def summary(name: str, out: Path) -> str:
     """One row of the table of recipes, of the metrics.jsonl in `out`."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row] or [math.nan]  # no sampled answers had anything to prefer
     metric = RECIPES[name].metric
     before, after = (row[f"eval/{metric}"] for row in (rows[0], rows[-1]))
-    return f"| {name} | {losses[0]:.4f} | {losses[-1]:.4f} | {metric} | {before:.3f} | {after:.3f} | {seconds:.0f} |"
+    return f"| {name} | {losses[0]:.4f} | {losses[-1]:.4f} | {metric} | {before:.3f} | {after:.3f} |"
 
 
 def markdown(found: Sequence[Outcome]) -> str:
