@@ -27,6 +27,9 @@ Count = Annotated[int, Field(ge=1)]
 # families whose vision tower reads pictures, tiles or frames of one size, each for itself
 CHUNKED = ("llava_video", "llava", "llava_next", "llava_onevision", "internvl")
 
+# families that vLLM has, in the layout of their folders
+VLLM = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -172,6 +175,8 @@ class Gae(Section):
 class Rollout(Section):
     """Answers sampled from the policy while it is trained (GRPO, PPO)."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"  # what samples
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3  # of a device, for vLLM's weights and cache
     group: Count = 8  # answers to a prompt
     updates: Count = 1  # optimizer steps on one rollout
     generation: Generation = Generation()
@@ -247,6 +252,8 @@ class Run(Section):
             raise ValueError(f"model.time_instruction is of family llava_video, not {model.family}")
         if model.frames_per_chunk and model.family not in CHUNKED:
             raise ValueError(f"model.frames_per_chunk is of families {', '.join(CHUNKED)}, not {model.family}")
+        if self.rollout is not None and self.rollout.engine == "vllm":
+            _vllm_can_sample(model)
         if model.cache_features:
             _features_can_be_kept(self)
         if not any((model.train_vision, model.train_projector, model.train_language, model.train_head)):
@@ -263,6 +270,17 @@ def _features_can_be_kept(run: Run) -> None:
         raise ValueError(f"model.cache_features keeps what would change with model.{trained[0]}: true")
     if run.rollout is not None:
         raise ValueError("model.cache_features is not for a rollout: its answers are sampled from pictures")
+
+
+def _vllm_can_sample(model: Model) -> None:
+    """Raises ValueError where vLLM has no such family, or would see other pictures."""
+    if model.family not in VLLM:
+        raise ValueError(f"rollout.engine: vllm is of families {', '.join(VLLM)}, not {model.family}")
+    if model.max_pixels is not None:
+        raise ValueError(
+            "rollout.engine: vllm reads pictures within the folder's limits, not model.max_pixels; set them in its "
+            "preprocessor_config.json"
+        )
 
 
 def warmup_run(run: Run) -> Run:

@@ -18,6 +18,7 @@ from fastpo.data.loader import Feed, Table, in_order
 from fastpo.data.pack import bins, pack
 from fastpo.engine import Engine
 from fastpo.metrics import Meter, cut, list_skipped
+from fastpo.models import vllm
 from fastpo.models.chat import Chat
 from fastpo.models.generate import respond
 from fastpo.rewards import Term
@@ -47,6 +48,7 @@ def check(run: Run, table: Table) -> None:
     """Raises ValueError before any weight is loaded: rewards that do not exist, groups that cannot fit in a row."""
     cfg = run.rollout
     assert cfg is not None
+    vllm.check(run)
     rewards.terms(cfg.rewards, key="rollout.rewards")
     longest = max(len(e.prompt) for e in table.encoded)
     most = longest + cfg.group * cfg.generation.max_tokens
@@ -130,15 +132,19 @@ def generate(
     engine: Engine, prompts: Sequence[Encoded], cfg: Generation, count: int, seed: str
 ) -> list[tuple[Tensor, ...]]:
     """`count` answers to each prompt from the policy as it is. Collective, though ranks may hold different numbers."""
-    policy, training = engine.policy, engine.policy.training
+    policy, training, run = engine.policy, engine.policy.training, engine.run
+    seeds = [random.Random(f"{seed}/{Path(prompt.key).name}").getrandbits(63) for prompt in prompts]
+    if run.rollout is not None and run.rollout.engine == "vllm":
+        core, gathered = policy.core, engine.gathered
+        return vllm.respond(core, policy.processor, run, prompts, cfg, count=count, seeds=seeds, gathered=gathered)
     engine.train(False)
     with engine.whole():
         found = [
             respond(
-                policy.core, policy.family, policy.processor, prompt, cfg, count=count, chunk=policy.frames_per_chunk,
-                seed=random.Random(f"{seed}/{Path(prompt.key).name}").getrandbits(63),
+                policy.core, policy.family, policy.processor, prompt, cfg, count=count, seed=drawn,
+                chunk=policy.frames_per_chunk,
             )
-            for prompt in prompts
+            for prompt, drawn in zip(prompts, seeds, strict=True)
         ]  # fmt: skip
     engine.train(training)
     return found

@@ -104,7 +104,7 @@ class Encoded:
     trained: S tensors [n_s] bool, the supervised tokens; None: all. positions: [n] or, for M-RoPE, [3, n] of the
     prompt, None: counted from 0. patches: what the vision tower reads, in patches.
     pixels: uint8, [F, 3, h, w] or rows of patches, None before decoding or without media; grid: [items, c] int64, what
-    the family needs to know of each item (frames, height, width, ...).
+    the family needs to know of each item (frames, height, width, ...). media: the files, for vLLM, which reads them.
     file, features: of the feature cache; where features were found, nothing is decoded.
     """
 
@@ -119,6 +119,7 @@ class Encoded:
     patches: int = 0
     pixels: Tensor | None = None
     grid: Tensor | None = None
+    media: tuple[Media, ...] = ()
     file: Path | None = None
     features: Features | None = None
 

@@ -126,6 +126,7 @@ def encoded(chat: Chat, sample: Sample, prompt: Tensor, **visual: Any) -> Encode
         prompt=prompt,
         weights=phrase_weights(chat, sample),
         scores=tuple(response.score for response in sample.responses),
+        media=sample.media,
         **answers._asdict(),
         **visual,
     )

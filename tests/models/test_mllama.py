@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,8 @@ def test_reference_without_adapters(setup):
 
 
 def test_greedy_answers_are_those_of_the_plain_models_generate(setup):
-    model, theirs, inputs = mllama.load(setup.cfg).eval(), plain(setup).eval(), given(setup)
+    theirs: Any = plain(setup).eval()
+    model, inputs = mllama.load(setup.cfg).eval(), given(setup)
     for name, parameter in (*model.named_parameters(), *theirs.named_parameters()):
         if "language_model" in name and parameter.ndim > 1:  # far from uniform, and the images matter
             parameter.data *= 20 if "cross_attn.v_proj" in name else 2
