@@ -7,11 +7,11 @@ To run it again: a second environment that sees the project's torch and transfor
 builds it for CUDA; nothing but its Python transforms is used here) and a Pillow that resizes as checkpoints were made
 with (see fastpo/models/images.py, resized):
 
-    python -m venv /tmp/recorder
-    python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(/tmp/recorder/bin/python -c \
+    python -m venv ../recorder
+    python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(../recorder/bin/python -c \
         "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
-    /tmp/recorder/bin/pip install --no-deps torchvision==0.28.0 "pillow<13"
-    PYTHONPATH=.:kernels /tmp/recorder/bin/python -m tests.golden.processors.record
+    ../recorder/bin/pip install --no-deps torchvision==0.28.0 "pillow<13"
+    PYTHONPATH=.:kernels ../recorder/bin/python -m tests.golden.processors.record
 
 Never install torchvision beside a CPU torch in the project's own environment: `import transformers` fails there.
 """
