@@ -1,6 +1,7 @@
-"""Images to uint8 pictures of the tower's size, in Pillow, bit for bit as transformers' *Pil image processors make them.
+"""Images to uint8 pictures of the tower's size, in Pillow.
 
-That is with Pillow 11 and 12. Of its torchvision processors they are within 2 levels: tests/golden/processors/README.md.
+Bit for bit what transformers' *Pil image processors make with Pillow 11 and 12, and within 2 levels of what its
+torchvision processors make: tests/golden/processors/README.md.
 """
 
 from dataclasses import dataclass
