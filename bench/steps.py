@@ -139,7 +139,8 @@ def config(
                       "gradient_checkpointing": False},
             "data": {"train": {"name": reader, "path": str(file)}, "media_root": root, "workers": 0, "frames": frames},
             "batch": {"prompts": len(rows), "tokens": 65_536}, "loss": loss,
-            "optim": {"lr": RATE, "schedule": "constant", "warmup": 0, "clip": 1.0}, "engine": {"zero": 0},
+            "optim": {"lr": RATE, "schedule": "constant", "warmup": 0, "clip": 1.0},
+            "engine": {"zero": 0 if DTYPE == "float32" else 1},  # 1 keeps fp32 master weights
         }
     )  # fmt: skip
 
@@ -331,7 +332,7 @@ class Measured(NamedTuple):
         return "\n".join(lines)
 
 
-def measure(runs: dict[str, Step], rounds: int = 4) -> dict[str, Measured]:
+def measure(runs: dict[str, Step], rounds: int = 3) -> dict[str, Measured]:
     """Steps in turns, on one thread, so that a busy machine slows all of them. Each has run twice before, counted."""
     torch.set_num_threads(1)  # accelerate and DeepSpeed have set their own number
     counted, attention, peaks = {}, {}, {}
