@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastpo.data import media, synthetic
+from fastpo.models import images
 from fastpo.sample import BadSample, Media
 
 SIZE, FRAMES, KINDS = 112, 24, 10
@@ -38,7 +39,7 @@ class Clips(Dataset):
         assert worker is not None
         refused = False
         try:
-            media.resize(media.decode(Media(kind="video", path=self.paths[i]), 16), 56)
+            images.frames(media.decode(Media(kind="video", path=self.paths[i]), 16), 56)
         except BadSample:
             refused = True
         return worker.id, refused, resident()

@@ -1,4 +1,4 @@
-"""Pixels from files: uniformly sampled frames as uint8, resized the way SigLIP's processor does it.
+"""Pixels from files: uniformly sampled frames as uint8.
 
 PyAV reads every video's packets first (no decoding), so that a broken file is refused before a decoder sees it; decord
 decodes, and PyAV where decord cannot. A video may also be a folder with a picture for each frame.
@@ -16,13 +16,11 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
-from torch import Tensor
 
 from fastpo.sample import BadSample, Media, Sampling
 
@@ -178,16 +176,6 @@ def _folder(path: Path, frames: int) -> np.ndarray:
         sizes = ", ".join(f"{name} {shape[1]} x {shape[0]}" for shape, name in shapes.items())
         raise BadSample(f"{path}: its frames differ in size: {sizes}")
     return np.stack([found[i] for i in wanted])
-
-
-def resize(frames: np.ndarray, size: int | tuple[int, int]) -> Tensor:
-    """[F, h, w, 3] uint8 -> [F, 3, height, width] uint8, Pillow's bicubic, as Hugging Face's SiglipImageProcessorPil.
-
-    size: (height, width), or one number for both.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    images = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def uniform(count: int, frames: int) -> list[int]:

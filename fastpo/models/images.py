@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may want torchvision
 
 from fastpo.data import media
 from fastpo.models import files
@@ -32,9 +32,14 @@ class Settings:
     pinpoints: tuple[tuple[int, int], ...]  # anyres: heights and widths that an image may be resized to
 
 
+def processor(folder: Path) -> Any:
+    """transformers' own, which runs on Pillow: its settings are read, its pictures are what tests compare with."""
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
 def settings(folder: Path, side: int) -> Settings:
     """Reads preprocessor_config.json for a tower of `side` pixels. Raises ValueError for what is not done here."""
-    p: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    p = processor(folder)
     size, crop = dict(p.size), dict(p.crop_size or {})
     shortest = size.get("shortest_edge")
     pinpoints = tuple((int(h), int(w)) for h, w in getattr(p, "image_grid_pinpoints", ()))

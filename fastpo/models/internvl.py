@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fastpo.config import Model
 from fastpo.data import media
@@ -43,7 +43,7 @@ def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and image settings. Raises ValueError where the folder does not fit the tower."""
     folder = files.checked(cfg.path, "internvl", HOW_TO)
     config = AutoConfig.from_pretrained(folder)
-    image: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image = images.processor(folder)
     talk, side = chat.read(folder, cfg.question_role), config.vision_config.image_size
     if {image.size["height"], image.size["width"], *side} != {side[0]} or image.resample != Image.Resampling.BICUBIC:
         raise ValueError(

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
-    AutoImageProcessor,
     PreTrainedModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -66,7 +65,7 @@ def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and image settings. Raises ValueError where the folder does not fit the tower."""
     folder = files.checked(cfg.path, "mllama", HOW_TO)
     config = AutoConfig.from_pretrained(folder)
-    image: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image = images.processor(folder)
     tower, talk = config.vision_config, chat.read(folder, cfg.question_role)
     made = (image.size["height"], image.max_image_tiles)
     if made != (tower.image_size, tower.max_num_tiles):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     PreTrainedModel,
     Qwen2_5_VLModel,
     Qwen2VLModel,
@@ -68,7 +67,7 @@ class Processor:
 def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and limits. Raises ValueError where the folder lacks something."""
     folder = files.checked(cfg.path, cfg.family, HOW_TO)
-    image: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image = images.processor(folder)
     images.check_frames(folder, side=None)
     return Processor(
         chat=chat.read(folder, cfg.question_role),

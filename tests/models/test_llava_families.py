@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     LlavaNextProcessor,
@@ -90,7 +89,7 @@ def pictures(item):
 def theirs(folder, name, s):
     """Hugging Face's inputs for a sample: input_ids [n] and what else the model takes."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pixel = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixel = images.processor(folder)
     turn = {"role": "user", "content": [{"type": "text", "text": s.question}]}
     text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     stills = [x for m in s.media if m.kind == "image" for x in pictures(m)]
@@ -171,7 +170,7 @@ def test_padding_to_a_square(root, tmp_path):
     pixels = llava.pixels(p, s, SAMPLING)
     assert pixels is not None
     got = images.normalized(pixels, p.images.mean, p.images.std)
-    pixel = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixel = images.processor(folder)
     want = pixel([pictures(m)[0] for m in s.media], return_tensors="pt")["pixel_values"]
     assert float((got - want).abs().max()) < LIMIT
 

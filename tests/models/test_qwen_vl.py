@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from fastpo.config import Generation, Lora
 from fastpo.data import media
-from fastpo.models import FAMILIES, generate, qwen_vl, trainable
+from fastpo.models import FAMILIES, generate, images, qwen_vl, trainable
 from fastpo.sample import BadSample
 from tests import parity, tiny_qwen
 
@@ -90,7 +90,7 @@ def test_ids_grid_and_pixels_are_the_processors(setup):
             frames = media.decode(item, 3)
             t, h, w = encoded.grid[i].tolist()
             assert t == 2
-            x = media.resize(frames, (h * tiny_patch(p), w * tiny_patch(p)))[None].float()
+            x = images.frames(frames, (h * tiny_patch(p), w * tiny_patch(p)))[None].float()
             x = (x / 255 - mean[..., None]) / std[..., None]
             patches, *grid = Qwen3VLVideoProcessor.patchify(tools, x, tiny_patch(p), 2, 2)
             assert grid == [t, h, w]
