@@ -9,7 +9,8 @@ def choose(backend: str, tensor: Tensor, available: Mapping[str, Callable[[Tenso
     """Name of the backend that runs an op on `tensor`.
 
     available: every backend of the op, best first, with a test of whether it can run on a tensor. "auto" is the first
-    that can. What is first depends on the device and the shape in token_stats alone, which has a table of them. Raises ValueError, naming the possible ones, for any other backend that is unknown or cannot run.
+    that can; token_stats alone has a table of devices and shapes that says which is first. Raises ValueError, naming
+    the possible ones, for any other backend that is unknown or cannot run.
     """
     usable = [name for name, runs in available.items() if runs(tensor)]
     if backend == "auto" and usable:

@@ -1,8 +1,9 @@
-"""Compiles what would be launched, for a GPU that need not be there, and asks ptxas what it costs."""
+"""Compiles what would be launched, for a GPU that need not be there, and reads off the binary what it costs."""
 
 import re
-from contextlib import redirect_stdout
-from io import StringIO
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may have, 
 
 class Cost(NamedTuple):
     registers: int  # per thread
-    spilled: int  # bytes per thread
+    spilled: int  # bytes of stack per thread: what the registers could not hold
     shared: int  # bytes per block
     ptx: str
 
@@ -32,9 +33,9 @@ def cost(kernel: Any, args: dict[str, Any], capability: int, **options: int) -> 
 
     The arguments are specialised as at run time: sizes that are 1 become constants, and sizes and addresses that are
     multiples of 16 are known to be (a tensor on "meta" counts as aligned). Without that the figures would be of another
-    kernel. options: num_warps, num_stages.
+    kernel. Triton keeps what it compiled, so that the next call with the same source, here or in the next test run,
+    finds it. options: num_warps, num_stages.
     """
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_source
@@ -51,14 +52,22 @@ def cost(kernel: Any, args: dict[str, Any], capability: int, **options: int) -> 
         elif _divisible(value):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attrs=attributes)
-    with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(StringIO()) as printed:
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True  # what comes from the cache has no log
-        made = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
-    log = printed.getvalue()
-    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
-    spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", log)))
+    made = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = _resources(made.asm["cubin"])
     return Cost(registers, spilled, made.metadata.shared, made.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of the one kernel in a binary."""
+    from triton import knobs
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", printed)
+    return int(found[0]), int(found[1])
 
 
 def _type(value: object) -> str:
