@@ -17,7 +17,7 @@ from bench.steps import DTYPE, IMAGES, Ours, Step
 from fastpo_kernels.testing import max_error
 
 CHECKED = 4  # optimizer steps whose losses are compared
-EQUAL = {"float32": {"rel": 1e-4, "abs": 1e-5}, "bfloat16": {"rel": 2e-2, "abs": 2e-2}}[DTYPE]
+RELATIVE, ABSOLUTE = {"float32": (1e-4, 1e-5), "bfloat16": (2e-2, 2e-2)}[DTYPE]  # of losses
 WORDS = "The third picture shows a red bar above a blue square"
 ANSWERS = [WORDS[n : 24 + n] for n in range(8)]
 TRL, COMPACT = "TRL", "TRL, head of labelled positions"
@@ -87,7 +87,7 @@ def _checked(mine: Step, peers: dict[str, Step]) -> list[tuple[float, float]]:
     found = [(mine.train(batch), turns[n % len(turns)].train(theirs)) for n in range(CHECKED)]
     assert found[0][0] == pytest.approx(0.6931, abs=1e-3)
     for got, want in found:
-        assert got == pytest.approx(want, **EQUAL), found
+        assert got == pytest.approx(want, rel=RELATIVE, abs=ABSOLUTE), found
     assert found[-1][0] < found[0][0]
     return found
 

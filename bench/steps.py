@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -44,7 +45,15 @@ from tests import tiny_families
 IMAGES = 8
 DTYPE = "bfloat16" if CUDA else "float32"
 RATE, LORA = 1e-3, {"r": 16, "alpha": 32}
-PARTS = ("data", "vision", "language, reference", "language", "head", "head, backward", "language, backward")
+PARTS: tuple[str, ...] = (
+    "data",
+    "vision",
+    "language, reference",
+    "language",
+    "head",
+    "head, backward",
+    "language, backward",
+)
 PARTS += ("optimizer", "rest")
 # the tests' template has another header before an answer than before one that is to come: TRL would cut elsewhere
 TEMPLATE = tiny_families.CHATML.replace("{{ m['role'] }} ", "{{ m['role'] }}\n")
@@ -67,7 +76,7 @@ def write_pictures(root: Path) -> list[str]:
     """root/model, a LLaVA, and the paths of IMAGES pictures below root."""
     _save(root / "model", PICTURES, "clip_vision_model", "llama", LlavaConfig, LlavaForConditionalGeneration)
     side = PICTURES.side
-    settings = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    settings: dict[str, Any] = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     CLIPImageProcessorPil(**settings).save_pretrained(root / "model")
     draw = np.random.default_rng(1)
     names = [f"{n}.png" for n in range(IMAGES)]
@@ -172,13 +181,13 @@ def theirs(root: Path, rows: list[dict[str, Any]], policy: Any) -> tuple[Step, S
     """TRL's DPOTrainer on all pairs at once, from the policy's adapters: as it comes, and with a compact head.
 
     Its head is applied to every position, except on devices where its Triton kernels run: there to the labelled ones
-    alone (trl/trainer/utils.py:1643). The second step does that on any device, and updates the same model.
+    alone (trl/trainer/utils.py:1642). The second step does that on any device, and updates the same model.
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
-    from trl.trainer import utils
 
+    trl: Any = import_module("trl")
+    utils: Any = import_module("trl.trainer.utils")
     folder = root / "model"
     facts = json.loads((folder / "config.json").read_text())
     processor = LlavaProcessor(
@@ -192,7 +201,7 @@ def theirs(root: Path, rows: list[dict[str, Any]], policy: Any) -> tuple[Step, S
         | {"images": [Image.open(root / name) for name in row["images"]]}
         for row in rows
     ]
-    args = DPOConfig(
+    args = trl.DPOConfig(
         output_dir=str(root / "trl"), per_device_train_batch_size=len(rows), beta=0.1, max_length=None,
         learning_rate=RATE, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0, max_grad_norm=1.0,
         max_steps=10**6, use_cpu=not CUDA, bf16=False, gradient_checkpointing=False, report_to="none",
@@ -200,14 +209,14 @@ def theirs(root: Path, rows: list[dict[str, Any]], policy: Any) -> tuple[Step, S
     )  # fmt: skip
     targets = [name for name, m in policy.model.named_modules() if hasattr(m, "lora_A")]
     targets = [name.removeprefix("base_model.model.") for name in targets]
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         str(folder), args=args, train_dataset=Dataset.from_list(table), processing_class=processor,
         peft_config=LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=targets),
     )  # fmt: skip
     start = {k: v.detach().clone() for k, v in policy.model.state_dict().items() if "lora_" in k}
     assert start and not trainer.model.load_state_dict(start, strict=False).unexpected_keys
     trainer.create_optimizer_and_scheduler(10**6)
-    model = trainer.model  # not prepared: that would put it into DDP, as our process group is there
+    model = trainer.model.to(trainer.accelerator.device)  # prepared, it would be in DDP: our process group is there
     model.train()
     trainer.current_gradient_accumulation_steps = 1  # what train() would set
     loader = trainer.get_train_dataloader()
@@ -245,7 +254,8 @@ def parts(step: Step, read: Callable[[], float]) -> dict[str, float]:
     "vision": tower and projector. "rest": what lies between the parts: the loss, embeddings, masks, our bookkeeping,
     and, where the head is no module (TRL's), the head.
     """
-    found, last = dict.fromkeys(PARTS, 0.0), read()
+    last = read()
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def mark(part: str) -> None:
         nonlocal last
