@@ -107,9 +107,10 @@ class Recipe(NamedTuple):
     data: str
     metric: str = "accuracy"
     overrides: tuple[str, ...] = ()
+    lr: str = "1e-3"  # the authors' own moves weights that come from a random start by nothing
 
 
-FEW_ANSWERS = ("batch.prompts=4", "rollout.generation.max_tokens=80")
+FEW_ANSWERS = ("batch.prompts=8", "rollout.generation.max_tokens=80")
 # A value head starts at 0 and here has a dozen steps; under ZeRO-3 it would have to be in bfloat16, as the others are.
 HEAD = ("optim.lr_value=1e-2", "engine.zero=2")
 RECIPES: Mapping[str, Recipe] = {
@@ -129,9 +130,9 @@ RECIPES: Mapping[str, Recipe] = {
             "rollout.gae.critic_steps=4",
         ),
     ),
-    "grpo_visualrft_classification": Recipe("qwen2_vl", "classes", "reward", FEW_ANSWERS),
-    "grpo_visualrft_detection": Recipe("qwen2_vl", "detection", "reward", FEW_ANSWERS),
-    "grpo_visualrft_grounding": Recipe("qwen2_vl", "grounding", "reward", FEW_ANSWERS),
+    "grpo_visualrft_classification": Recipe("qwen2_vl", "classes", "reward", FEW_ANSWERS, "3e-4"),
+    "grpo_visualrft_detection": Recipe("qwen2_vl", "detection", "reward", FEW_ANSWERS, "3e-4"),
+    "grpo_visualrft_grounding": Recipe("qwen2_vl", "grounding", "reward", FEW_ANSWERS, "3e-4"),
     "demo": Recipe("", "", "accuracy", ("warmup.steps=60",)),
 }  # fmt: skip
 FIRST = {"spo_llavaov": "spo_sft_llavaov", "ppo_llava15": "rm_llava15"}  # run -> the one that it goes on from
@@ -271,15 +272,12 @@ def teach(out: Path, families: set[str], *, quick: bool, seed: int) -> None:
 
 
 def commands(name: str, out: Path, *, steps: int, seed: int = 0) -> list[tuple[str, list[str]]]:
-    """Modules of fastpo with their arguments that try a recipe in small, in this order. The loss is the recipe's own.
-
-    lr: the authors' own moves weights that come from a random start by nothing.
-    """
+    """Modules of fastpo, with their arguments, that try a recipe in small. Its loss stays its own."""
     recipe, config = RECIPES[name], os.path.relpath(CONFIGS / f"{name}.yaml")
-    keys = [f"out={out / name}", f"optim.steps={steps}", *(x.format(out=out) for x in recipe.overrides)]
-    keys += [f"seed={seed}"] if seed else []
+    keys = [f"out={out / name}", f"optim.steps={steps}", *([f"seed={seed}"] if seed else [])]
+    own = [text.format(out=out) for text in recipe.overrides]
     if not recipe.data:
-        return [("train", [config, *keys])]
+        return [("train", [config, *keys, *own])]
     source = load(config).data.train
     assert isinstance(source, Source)
     data, first = out / "data" / recipe.data, FIRST.get(name) if recipe.model in RECIPES else None
@@ -287,7 +285,7 @@ def commands(name: str, out: Path, *, steps: int, seed: int = 0) -> list[tuple[s
     keys += [
         f"model.path={model}", f"data.media_root={out / 'data'}", f"data.train.path={data}_train.json",
         f"data.eval={{name: {source.name}, path: {data}_test.json}}", "data.workers=0",
-        "optim.lr=1e-3",
+        f"optim.lr={recipe.lr}", *own,
     ]  # fmt: skip
     merge = ("merge", [f"{out / first / 'checkpoints'}/step_{steps:06d}", str(model)]) if first else None
     return [*([merge] if merge else []), ("train", [config, *keys])]

@@ -21,7 +21,8 @@ def write(folder: Path, seed: int, *, train: int = 8, test: int = 4) -> None:
     """As tasks.write, with the tables of ROWS, and a model of each family of TAUGHT in a folder of its name."""
     with whole(folder, seed=seed, train=train, test=test) as unfinished:
         tasks.write_tables(unfinished, ROWS, seed, train=train, test=test)
-        texts = [*tasks.sentences(), WHERE, NAME, DETECT, GROUND, THOUGHT, _objects((0,) * 4), _corners((0,) * 4)]
+        box = (0, 0, 0, 0)
+        texts = [*tasks.sentences(), WHERE, NAME, DETECT, GROUND, THOUGHT, _objects(box), _corners(box)]
         for family in TAUGHT:
             write_model(unfinished / family, seed, texts, family)
 
