@@ -192,6 +192,8 @@ class Rollout(Section):
             raise ValueError("needs rewards or a reward_model")
         if self.generation.temperature == 0:
             raise ValueError("generation.temperature: 0 samples nothing")
+        if self.generation.temperature > 2 and self.engine == "vllm":
+            raise ValueError(f"generation.temperature: {self.generation.temperature:g}, vllm takes at most 2")
         if self.group == 1 and self.advantage != "gae":
             raise ValueError(f"advantage: {self.advantage} compares the answers to a prompt: group must be 2 or more")
         return self

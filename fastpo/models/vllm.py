@@ -117,7 +117,7 @@ def answers(encoded: Encoded, output: Any) -> tuple[Tensor, ...]:
         at = len(os.path.commonprefix([ours, theirs]))
         raise ValueError(
             f"{encoded.key}: vLLM reads {len(theirs)} tokens, the policy {len(ours)}, and they differ from token {at}: "
-            f"{theirs[at : at + 5]}, not {ours[at : at + 5]}; set rollout.engine: transformers"
+            f"{theirs[at : at + 5]}, not {ours[at : at + 5]}; use engine: transformers"
         )
     return tuple(torch.tensor(answer.token_ids, dtype=torch.int64) for answer in output.outputs)
 
@@ -128,12 +128,27 @@ def prompt(encoded: Encoded, marks: Mapping[int, str], family: str, sampling: Sa
     if items != len(encoded.media):
         raise ValueError(
             f"{encoded.key}: vLLM would find {items} images and videos in the prompt, the sample has "
-            f"{len(encoded.media)}; put text between those that stand side by side, or set rollout.engine: transformers"
+            f"{len(encoded.media)}; put text between those that stand side by side, or use engine: transformers"
         )
+    check_positions(encoded, marks, family)
     data: dict[str, list[Any]] = {}
     for item in encoded.media:
         data.setdefault(item.kind, []).append(images.read(item) if item.kind == "image" else video(item, sampling))
     return {"prompt_token_ids": ids, **({"multi_modal_data": data} if data else {})}
+
+
+def check_positions(encoded: Encoded, marks: Mapping[int, str], family: str) -> None:
+    """Raises ValueError where vLLM would count other M-RoPE positions than the installed transformers.
+
+    vLLM goes on behind the largest position so far, transformers 5 behind the larger side of a video's frames; and it
+    does not round the seconds between two patches of a Qwen2.5-VL video before it multiplies them.
+    """
+    if encoded.positions is None or encoded.positions.ndim == 1:
+        return
+    at, text = encoded.positions.amax(0), torch.tensor([marks.get(int(t)) not in ("i", "v") for t in encoded.prompt])
+    moved = text[1:] & (at[1:] != at.cummax(0).values[:-1] + 1)
+    if moved.any() or (family == "qwen2_5_vl" and any(item.kind == "video" for item in encoded.media)):
+        raise ValueError(f"{encoded.key}: vLLM counts the positions of this video otherwise; use engine: transformers")
 
 
 def collapsed(ids: Sequence[int], marks: Mapping[int, str], pattern: str) -> tuple[list[int], int]:

@@ -12,7 +12,7 @@ import torch
 from fastpo.config import Lora, Run
 from fastpo.data import media
 from fastpo.models import FAMILIES, trainable, vllm
-from fastpo.sample import Sampling
+from fastpo.sample import Encoded, Sampling
 from tests import parity, tiny_families, tiny_qwen
 
 SPECIALS = {258: "s", 259: "e", 260: "i", 261: "v"}
@@ -49,7 +49,7 @@ def test_prompts_are_the_text_with_one_token_for_each_item(tmp_path, kind):
         cfg = tiny_qwen.Model(path=str(tiny_families.write(tmp_path / "model", kind)), family=kind)  # pyright: ignore[reportArgumentType]
         marks = {"image": "<image>", "video": "<video>"}
     family, picture, clip = FAMILIES[kind], parity.image(tmp_path, 83, 41), parity.video(tmp_path, 64, 48)
-    items = [picture, picture] if kind == "llava" else [picture, clip]
+    items = [picture, picture] if kind in ("llava", "qwen2_5_vl") else [picture, clip]
     question = "".join(f"<{item.kind}>\nand " for item in items) + "what?"
     p = family.processor(cfg)
     encoded = family.encode(p, parity.sample("rows.json:3", question, items, "A"), Sampling(frames=3))
@@ -66,12 +66,28 @@ def test_prompts_are_the_text_with_one_token_for_each_item(tmp_path, kind):
     assert made["prompt_token_ids"] == want and len(want) < len(encoded.prompt)
     shown = made["multi_modal_data"]
     assert np.array_equal(np.asarray(shown["image"][0]), media.decode(picture, 1)[0])
-    if kind != "llava":
+    if clip in items:
         frames, facts = shown["video"][0]
         assert np.array_equal(frames, media.decode(clip, 3))
         assert (facts["total_num_frames"], facts["frames_indices"]) == media.frame_times(clip.path, 3)
     with pytest.raises(ValueError, match="rows.json:3: vLLM would find 2 images and videos in the prompt, .* has 1"):
         vllm.prompt(replace(encoded, media=encoded.media[:1]), marked, kind, Sampling(frames=3))
+
+
+def test_positions_that_vllm_counts_otherwise_are_refused(tmp_path):
+    marks = {260: "i", 261: "v"}
+    clip = parity.video(tmp_path, 64, 48)
+    encoded = Encoded(
+        key="rows.json:3", prompt=torch.tensor([7, 261, 261, 261, 7, 7]), responses=(), weights=None, scores=(),
+        positions=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 1, 1, 4, 5], [0, 1, 2, 1, 4, 5]]), media=(clip,),
+    )  # fmt: skip
+    vllm.check_positions(encoded, marks, "qwen2_vl")
+    assert encoded.positions is not None
+    early = encoded.positions.clone()
+    early[:, 4:] -= 1  # behind the larger side, which the times have passed
+    for positions, family in ((early, "qwen2_vl"), (encoded.positions, "qwen2_5_vl")):
+        with pytest.raises(ValueError, match="rows.json:3: vLLM counts the positions of this video otherwise"):
+            vllm.check_positions(replace(encoded, positions=positions), marks, family)
 
 
 def test_the_prompt_that_comes_back_must_be_the_policys():
@@ -130,7 +146,7 @@ def test_towers_of_llava_lie_deeper_in_vllm():
 
 
 def test_what_cannot_work_is_refused_before_anything_is_loaded(monkeypatch):
-    def run(**model) -> Run:
+    def run(rollout=(), **model) -> Run:
         return Run.model_validate(
             {
                 "out": "x",
@@ -139,7 +155,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(monkeypatch):
                 "batch": {"prompts": 1, "tokens": 64},
                 "loss": {"name": "grpo"},
                 "optim": {"lr": 1e-5},
-                "rollout": {"engine": "vllm", "rewards": [{"name": "exact"}]},
+                "rollout": {"engine": "vllm", "rewards": [{"name": "exact"}]} | dict(rollout),
             }
         )
 
@@ -148,6 +164,8 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(monkeypatch):
             run(family=family)
     with pytest.raises(ValueError, match="rollout.engine: vllm reads pictures within the folder's limits"):
         run(max_pixels=10_000)
+    with pytest.raises(ValueError, match="generation.temperature: 2.5, vllm takes at most 2"):
+        run(rollout={"generation": {"temperature": 2.5}})
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="rollout.engine: vllm is not installed: pip install 'fastpo\\[vllm\\]'"):
         vllm.check(run())
