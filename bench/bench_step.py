@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bench import harness
 from fastpo.config import load
@@ -83,8 +82,9 @@ def plain_step(job):
         longest = max(map(len, rows))
         ids = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
         mask = torch.stack([F.pad(torch.ones_like(row), (0, longest - len(row))) for row in rows])
-        seen = {"video": BaseModelOutputWithPooling(pooler_output=tokens[None])}
-        full = model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=seen, use_cache=False).logits
+        shown = (ids == job.processor.video_token_id)[..., None]
+        embeddings = model.get_input_embeddings()(ids).masked_scatter(shown, tokens)
+        full = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
         return full[:, :-1].float().log_softmax(-1)
 
     def per_response(table, side):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastpo.data import synthetic
 from fastpo.data.pack import pack
@@ -42,13 +41,11 @@ def separate(model, sample):
     longest = max(map(len, full))
     ids = torch.stack([F.pad(x, (0, longest - len(x))) for x in full])
     mask = torch.stack([F.pad(torch.ones_like(x), (0, longest - len(x))) for x in full])
-    extra = {}
+    embeddings = model.get_input_embeddings()(ids)
     if sample.pixels is not None:
-        tokens = frame_tokens(model, sample.pixels, "bilinear")
-        extra["mm_encoder_outputs"] = {
-            "video": BaseModelOutputWithPooling(pooler_output=tokens.expand(len(full), -1, -1))
-        }
-    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+        tokens = frame_tokens(model, sample.pixels, "bilinear").expand(len(full), -1, -1)
+        embeddings = embeddings.masked_scatter((ids == tiny.VIDEO)[..., None], tokens)
+    hidden = model.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
     first = len(sample.prompt) - 1
     cut = [hidden[i, first : first + len(r)] for i, r in enumerate(sample.responses)]
     return cut, [model.lm_head(x).log_softmax(-1) for x in cut]
