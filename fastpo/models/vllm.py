@@ -79,7 +79,7 @@ def respond(
 @cache
 def started(path: str, dtype: str, tokens: int, memory: float) -> Any:
     """The engine of this process. tokens: of the longest prompt and its answer; memory: its share of the device."""
-    from vllm import LLM  # pyright: ignore[reportMissingImports]
+    from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]  (takes this file for it)
 
     return LLM(
         model=path,
@@ -94,7 +94,7 @@ def started(path: str, dtype: str, tokens: int, memory: float) -> Any:
 
 def sampled(cfg: Generation, count: int, seed: int, end: int, never: Sequence[int]) -> Any:
     """vLLM's SamplingParams: only `end` ends an answer; the tokens `never` do not come."""
-    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]  (takes this file for it)
 
     return SamplingParams(
         n=count,
