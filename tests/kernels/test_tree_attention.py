@@ -4,10 +4,13 @@ import torch.nn.functional as F
 
 from fastpo_kernels import Tree, tree_attention
 from fastpo_kernels.testing import assert_no_worse
+from fastpo_kernels.tree_attention import reference
 
 TREES = {
     "plain packing": ([0, 7, 8, 19], [-1, -1, -1]),
     "pairs": ([0, 9, 12, 17, 24, 25, 31], [-1, 0, 0, -1, 3, 3]),
+    "lists, some siblings in one call": ([0, 20, 23, 24, 28, 33, 40, 47, 49, 50], [-1, 0, 0, 0, 0, -1, 5, 6, 6]),
+    "questions with answers": ([0, 30, 33, 35, 36, 36, 40, 42, 45, 45, 47], [-1, 0, 1, 1, 0, 0, 5, 5, 2, 8]),
     "depth 3, empty segments": ([0, 5, 5, 8, 11, 11, 18, 21], [-1, 0, 0, 2, 3, 3, 1]),
 }
 
@@ -82,6 +85,18 @@ def assert_matches_dense(name, attend, made, scale, eps):
 def test_reference_equals_dense_masked_attention(name, heads, kv_heads, size, dtype, eps, scale):
     made = inputs(name, heads, kv_heads, size, dtype)
     assert_matches_dense(name, lambda *qkv: tree_attention(*qkv, tree(name), scale=scale), made, scale, eps)
+
+
+def test_siblings_share_a_call_while_their_ancestors_are_longer():
+    found = [(len(ancestors), own) for ancestors, own in reference.runs(tree("lists, some siblings in one call").plan)]
+    assert found == [
+        (0, [(0, 20)]),
+        (1, [(20, 23), (23, 24), (24, 28)]),  # 8 of at most 10 tokens
+        (1, [(28, 33)]),
+        (0, [(33, 40)]),
+        (1, [(40, 47)]),  # has children of its own
+        (2, [(47, 49), (49, 50)]),
+    ]
 
 
 @pytest.mark.parametrize("name", TREES)
