@@ -304,7 +304,7 @@ def _summary(run: Run, folder: Path, tokens_per_s: float | None, device: str) ->
     rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
     if len(evals) > 1:
-        names = ("accuracy", "margin", "loss")
+        names = ("reward", "accuracy", "margin", "loss")
         held_out = [
             {
                 "held-out": name,
@@ -323,7 +323,7 @@ def _summary(run: Run, folder: Path, tokens_per_s: float | None, device: str) ->
     if skipped.exists():
         count = len({json.loads(line)["key"] for line in skipped.read_text().splitlines()})
         _say(0, f"skipped {count} bad samples, listed in {skipped}")
-    speed = "nothing left to train" if tokens_per_s is None else f"{tokens_per_s:,.0f} tokens/s"
+    speed = "nothing left to train" if tokens_per_s is None else f"{tokens_per_s:,.3g} tokens/s"
     _say(0, f"{speed}, peak memory {peak:.2f} GiB ({device}), checkpoint {folder}")
 
 

@@ -15,10 +15,10 @@ RM = "configs/rm_llava15.yaml"
 
 @pytest.fixture(scope="module")
 def judge(demo, tmp_path_factory):
-    """The folder of a short reward-model run on RRPO's pairs."""
+    """The folder of a short reward-model run on RRPO's pairs, in the recipe's own bfloat16 under ZeRO-3."""
     out = tmp_path_factory.mktemp("judge")
     more = ["model.family=llava_video", f"data.train={{name: rrpo, path: {demo / 'train.json'}}}", "optim.steps=3"]
-    fit(load(RM, options(demo, out, *more, "optim.lr_value=1e-1", "loss.name=reward_pair")))
+    fit(load(RM, options(demo, out, *more, "model.dtype=bfloat16", "optim.lr_value=1e-1", "loss.name=reward_pair")))
     return out
 
 

@@ -18,7 +18,7 @@ from fastpo.sample import Sample, Sampling
 # what a small run may say otherwise than its authors
 SMALL = {
     "out", "model.path", "data.media_root", "data.train.path", "data.eval", "data.workers", "batch.prompts",
-    "optim.lr", "optim.lr_value", "optim.steps", "engine.zero", "rollout.generation.max_tokens",
+    "optim.lr", "optim.lr_value", "optim.steps", "rollout.generation.max_tokens",
     "rollout.gae.critic_steps", "rollout.reward_model", "warmup.steps",
 }  # fmt: skip
 

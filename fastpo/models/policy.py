@@ -137,7 +137,11 @@ class Policy(nn.Module):
 
 
 def _value_head(model: Any) -> nn.Linear:
-    """[H] -> 1, zero at first (wangclnlp/Vision-LLM-Alignment: v_head without a bias)."""
-    head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=False)
+    """[H] -> 1, zero at first (wangclnlp/Vision-LLM-Alignment: v_head without a bias).
+
+    In the model's dtype: ZeRO-3 takes one for all that it shards, and keeps fp32 master weights of its own.
+    """
+    words = model.get_output_embeddings()
+    head = nn.Linear(words.in_features, 1, bias=False, dtype=words.weight.dtype)
     nn.init.zeros_(head.weight)
     return head

@@ -42,7 +42,11 @@ parts = MappingProxyType(
 external = ()
 
 MODELS: dict[str, Any] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
-HOW_TO = files.how_to("Qwen/Qwen2.5-VL-3B-Instruct")
+HOW_TO = {
+    "qwen2_vl": files.how_to("Qwen/Qwen2-VL-2B-Instruct"),
+    "qwen2_5_vl": files.how_to("Qwen/Qwen2.5-VL-3B-Instruct"),
+    "qwen3_vl": files.how_to("Qwen/Qwen3-VL-4B-Instruct"),
+}
 Shape = tuple[int, int, int]  # patches of an item along time, height and width
 
 
@@ -66,7 +70,7 @@ class Processor:
 
 def processor(cfg: Model) -> Processor:
     """Reads tokenizer, chat template and limits. Raises ValueError where the folder lacks something."""
-    folder = files.checked(cfg.path, cfg.family, HOW_TO)
+    folder = files.checked(cfg.path, cfg.family, HOW_TO[cfg.family])
     image = images.processor(folder)
     images.check_frames(folder, side=None)
     return Processor(
@@ -109,7 +113,7 @@ def _video_tokens(folder: Path, family: str) -> int | None:
 
 def load(cfg: Model) -> PreTrainedModel:
     """The model in cfg.dtype. Raises ValueError where weights are missing or of another kind."""
-    return files.loaded(cfg, cfg.family, HOW_TO)
+    return files.loaded(cfg, cfg.family, HOW_TO[cfg.family])
 
 
 def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:

@@ -56,7 +56,7 @@ def videochat2(row: Row, where: str, media_root: Path) -> Sample:
     if asked[0] != asked[1]:
         raise bad(where, "QA_NEG", f"asks {asked[1]!r:.80}, QA {asked[0]!r:.80}")
     question = fields.question(asked[0], media, where, "QA.q")
-    fields.differ(*answers, where, "QA_NEG.a")
+    fields.differ(answers[0], answers[1], where, "QA_NEG.a")
     return Sample(key=where, question=question, media=media, responses=tuple(answers), phrases="different")
 
 
