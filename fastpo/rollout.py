@@ -45,11 +45,15 @@ def names(cfg: Rollout) -> tuple[str, ...]:
 
 
 def check(run: Run, table: Table) -> None:
-    """Raises ValueError before any weight is loaded: rewards that do not exist, groups that cannot fit in a row."""
+    """Raises ValueError before any weight is loaded: rewards that do not exist, ground truths that they cannot read (of
+    our rewards; one of a user's own may be slow), groups that cannot fit in a row.
+    """
     cfg = run.rollout
     assert cfg is not None
     vllm.check(run)
-    rewards.terms(cfg.rewards, key="rollout.rewards")
+    rules = [rule for rule in rewards.terms(cfg.rewards, key="rollout.rewards") if rule.name in rewards.REWARDS]
+    for sample in table.samples:
+        rewards.total(rules, "", sample.truth, where=sample.key)
     longest = max(len(e.prompt) for e in table.encoded)
     most = longest + cfg.group * cfg.generation.max_tokens
     if most > run.batch.tokens:

@@ -9,7 +9,7 @@ import torch
 
 from fastpo import rollout
 from fastpo.config import load
-from fastpo.fit import fit
+from fastpo.fit import fit, make_feed
 from fastpo.models import chat
 from fastpo.sample import Response, Sample
 from tests.test_fit import adapter, rows
@@ -120,9 +120,20 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(demo, tmp_path, o
         fit(load(config(demo, tmp_path / "out"), [override]))
 
 
+def raises(answer: str, truth: str) -> float:
+    raise KeyError("color")
+
+
 def test_a_reward_that_raises_names_the_row_and_stops(demo, tmp_path):
-    with pytest.raises(ValueError, match=r"row \d, key truth: reward numeric"):
-        fit(load(config(demo, tmp_path / "out"), ["rollout.rewards=[{name: numeric}]"]))
+    with pytest.raises(ValueError, match=r"row \d, key truth: reward tests.test_rollout:raises: 'color'"):
+        fit(load(config(demo, tmp_path / "out"), ['rollout.rewards=[{name: "tests.test_rollout:raises"}]']))
+
+
+def test_a_truth_that_cannot_be_read_stops_before_the_model_is_loaded(demo, tmp_path):
+    run = load(config(demo, tmp_path / "out"), ["rollout.rewards=[{name: numeric}]"])
+    table = make_feed(run, 0, 1).read(run.data.train, keep="none")
+    with pytest.raises(ValueError, match=r"row 0, key truth: reward numeric: the ground truth is not a number"):
+        rollout.check(run, table)
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_listed(demo, tmp_path):
