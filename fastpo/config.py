@@ -119,6 +119,7 @@ class Data(Section):
     media_root: Path = Path(".")
     frames: Count = 16  # of a video; with fps: at most that many
     fps: Positive | None = None
+    video_tokens: Count | None = None  # fewer frames where the media of a sample with videos would take more tokens
     on_bad_sample: Literal["error", "skip"] = "error"
     workers: Annotated[int, Field(ge=0)] = 2
     cache: Path | None = None  # decoded pictures are kept in this folder, for all runs
@@ -255,6 +256,8 @@ class Run(Section):
         if model.frames_per_chunk and model.family not in CHUNKED:
             raise ValueError(f"model.frames_per_chunk is of families {', '.join(CHUNKED)}, not {model.family}")
         if self.rollout is not None and self.rollout.engine == "vllm":
+            if self.data.video_tokens is not None:
+                raise ValueError("rollout.engine: vllm reads data.frames of every video, not data.video_tokens")
             _vllm_can_sample(model)
         if model.cache_features:
             _features_can_be_kept(self)

@@ -28,6 +28,7 @@ from fastpo.data import cache, loader, synthetic
 from fastpo.data.loader import Feed, Table
 from fastpo.engine import Engine, init_distributed, sharded_loading
 from fastpo.models import FAMILIES, feature_cache, trainable
+from fastpo.models.budget import bounded
 from fastpo.models.policy import Policy
 from fastpo.models.tiled_mlp import tile_mlp
 from fastpo.plugins import resolve
@@ -151,12 +152,16 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
     family = FAMILIES[run.model.family]
     processor = family.processor(run.model)
     sampling = Sampling(frames=run.data.frames, fps=run.data.fps)
-    pixels = partial(family.pixels, processor, sampling=sampling)
+    encode, pixels = partial(family.encode, processor), partial(family.pixels, processor)
+    if run.data.video_tokens is None:
+        encode, pixels = partial(encode, sampling=sampling), partial(pixels, sampling=sampling)
+    else:
+        encode, pixels = (partial(bounded, call, encode, sampling, run.data.video_tokens) for call in (encode, pixels))
     if run.data.cache is not None:
         pixels = partial(cache.pixels, pixels, run.data.cache, cache_bytes(run), picture_facts(run))
     return Feed(
         data=run.data,
-        encode=partial(family.encode, processor, sampling=sampling),
+        encode=encode,
         pixels=pixels,
         blank=family.blank(processor),
         batch=run.batch,
@@ -170,7 +175,7 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
 def picture_facts(run: Run) -> str:
     """What the pixels of a sample depend on beside its media: program, family, sampling, the folder's settings."""
     settings = [file.read_text() for file in sorted(Path(run.model.path).glob("*config.json"))]
-    sampling = (run.data.frames, run.data.fps, run.model.max_pixels)
+    sampling = (run.data.frames, run.data.fps, run.data.video_tokens, run.model.max_pixels)
     return repr((fastpo.__version__, run.model.family, sampling, settings))
 
 
