@@ -12,13 +12,31 @@ VALUES |= {"error", "skip", "versions"}
 
 
 def tables(lines: list[str]) -> str:
-    """One table per case, with the newest row of each variant; rows without a variant have other columns: left out."""
+    """One table per case, with the newest row of each variant, and one of whole steps, with the share of each part."""
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in map(json.loads, lines):
         if "variant" in row:
             case = tuple((key, str(value)) for key, value in row.items() if key not in VALUES | {"date"})
             cases.setdefault(case, {})[row["variant"]] = row
-    return "\n\n".join(_table(dict(case), list(rows.values())) for case, rows in cases.items())
+    found = [_table(dict(case), list(rows.values())) for case, rows in cases.items()]
+    whole = {(row["bench"], row["step"]): row for row in map(json.loads, lines) if "step" in row}
+    return "\n\n".join([*found, *([_steps(list(whole.values()))] if whole else [])])
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    """over, counted: time and operations over ours, of videos over those of 16 frames, both per token."""
+    parts = list(rows[0]["parts"])
+    head = ["step", "ms", "over", "counted", "peak MiB", *parts]
+    lines = [
+        [
+            f"{row['bench']}: {row['step']}", row["ms"], row.get("over_fastpo", row.get("over_16")),
+            row.get("counted_over_fastpo", row.get("counted_over_16")), row["peak_mib"],
+            *(f"{row['parts'][part]['share']:.0%}" for part in parts),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    table = [head, ["---"] * len(head), *lines]
+    return "**whole steps**\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in table)
 
 
 def _table(case: dict[str, str], rows: list[dict[str, Any]]) -> str:
