@@ -328,7 +328,7 @@ def _summary(run: Run, folder: Path, tokens_per_s: float | None, device: str) ->
     if skipped.exists():
         count = len({json.loads(line)["key"] for line in skipped.read_text().splitlines()})
         _say(0, f"skipped {count} bad samples, listed in {skipped}")
-    speed = "nothing left to train" if tokens_per_s is None else f"{tokens_per_s:,.3g} tokens/s"
+    speed = "nothing left to train" if tokens_per_s is None else f"{tokens_per_s:,.1f} tokens/s"
     _say(0, f"{speed}, peak memory {peak:.2f} GiB ({device}), checkpoint {folder}")
 
 
