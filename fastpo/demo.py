@@ -24,8 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
+from fastpo import metrics
 from fastpo.config import Run, Source, load, warmup_run
 from fastpo.data import recipes, synthetic, tasks
 
@@ -238,7 +237,7 @@ def try_recipes(out: Path, names: Sequence[str] = tuple(RECIPES), *, quick: bool
     for name in names:
         for module, argv in commands(name, out, steps=2 if quick else 12, seed=seed):
             lines.append(shlex.join(["python", "-m", f"fastpo.{module}", *argv]))
-            Console().print(f"\n$ {lines[-1]}", highlight=False, markup=False, soft_wrap=True)
+            metrics.say(f"\n$ {lines[-1]}")
             if module == "train":
                 train.main(argv)
             elif not Path(argv[-1]).exists():
@@ -331,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = demo(out, names, quick=args.quick, seed=args.seed)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    Console().print(markdown(found), highlight=False, markup=False, soft_wrap=True)
+    metrics.say(markdown(found))
     sys.exit(0 if all(outcome.reached for outcome in found) else 1)
 
 

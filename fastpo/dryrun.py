@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastpo import metrics, rollout
@@ -43,7 +42,7 @@ def report(run: Run) -> None:
         len(r) + len(table.encoded[n].prompt) for step in chosen for n in step for r in table.encoded[n].responses
     )
 
-    Console().print(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), highlight=False, markup=False)
+    metrics.say(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
     facts = {
         "samples": f"{len(table):,} ({len(table.skipped):,} skipped)",
         "optimizer steps": f"{total:,} on {ranks} ranks",

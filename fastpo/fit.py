@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from datasets import disable_progress_bars
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 import fastpo
@@ -334,4 +333,4 @@ def _summary(run: Run, folder: Path, tokens_per_s: float | None, device: str) ->
 
 def _say(rank: int, text: str) -> None:
     if rank == 0:
-        Console().print(text, highlight=False, soft_wrap=True)
+        metrics.say(text)

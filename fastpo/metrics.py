@@ -158,6 +158,11 @@ def cut(path: Path, step: int) -> None:
     os.replace(whole, path)
 
 
+def say(text: str) -> None:
+    """To the terminal as it is: rich would take ":100:" in a sample's key for an emoji."""
+    Console(markup=False, emoji=False, highlight=False).print(text, soft_wrap=True)
+
+
 def list_skipped(out: Path, rows: Sequence[tuple[str, str]]) -> None:
     """Appends (key, reason) of samples left out to out/skipped.jsonl."""
     if rows:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 
 from fastpo import rewards
@@ -17,7 +16,7 @@ from fastpo.config import Generation, Rollout, Run
 from fastpo.data.loader import Feed, Table, in_order
 from fastpo.data.pack import bins, pack
 from fastpo.engine import Engine
-from fastpo.metrics import Meter, cut, list_skipped
+from fastpo.metrics import Meter, cut, list_skipped, say
 from fastpo.models import vllm
 from fastpo.models.chat import Chat
 from fastpo.models.generate import respond
@@ -238,9 +237,7 @@ def write(path: Path, step: int, groups: Sequence[Group]) -> None:
         if answers:
             best = max(answers, key=lambda row: row["reward"])
             text = " ".join(best["answer"].split())[:120]
-            Console().print(
-                f"  {best['key']}: {text!r} reward {best['reward']:.3g}", highlight=False, markup=False, soft_wrap=True
-            )
+            say(f"  {best['key']}: {text!r} reward {best['reward']:.3g}")
 
 
 def _recent(path: Path) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastpo.metrics import Log, Meter, cut, line, table
+from fastpo.metrics import Log, Meter, cut, line, say, table
 
 
 def rows(path):
@@ -181,3 +181,8 @@ def test_table_has_a_column_per_key():
     said = console.file.getvalue()
     assert all(word in said for word in ("held-out clips", "when", "accuracy", "before", "0.5", "after", "0.9844"))
     table("nothing", [], console)
+
+
+def test_what_is_said_is_printed_as_it_is(capsys):
+    say("  prompts.json:100: 'red [bold] :smile:' reward 1")
+    assert capsys.readouterr().out == "  prompts.json:100: 'red [bold] :smile:' reward 1\n"
