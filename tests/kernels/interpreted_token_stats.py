@@ -13,6 +13,7 @@ from fastpo_kernels import token_stats
 from fastpo_kernels.testing import max_error, nan_scratch
 from fastpo_kernels.token_stats import chunked, launch
 from fastpo_kernels.token_stats.reference import Inputs, stats
+from fastpo_kernels.token_stats.trained import Live
 
 N, V = 5, 531  # no multiple of a block
 EPS = 2e-6  # of fp32 logits of a few units
@@ -60,7 +61,7 @@ def check_registers() -> None:
         own = tma == (dtype == torch.float32)
         x = problem(launch.BLOCK_H * (1 + at % 2), dtype, own=own, extras=at % 3 > 0, kl_rows=kl_rows)
         with nan_scratch():
-            got = launch.register_stats(x, tma, processors=1)
+            got = launch.register_stats(x, tma, processors=1).stats
         for name, mine, want in zip(got._fields, got, stats(exact(x)), strict=True):
             check(mine, want, EPS, f"registers {dtype} tma={tma} own={own} kl={kl_rows is not None}: {name}")
 
@@ -91,6 +92,16 @@ def check_tiles() -> None:
             check(got[name], value, EPS, f"tiles {trained} {own=} {kl_rows=} {reverse=}: {name}")
 
 
+def trained_tile(x: Inputs, dtype: torch.dtype) -> Tensor:
+    """[N, V] of the kernel of a trained head, every row with every coefficient."""
+    z, ref_z, ones = x.hidden @ x.weight.t(), x.ref_hidden @ x.ref_weight.t(), torch.ones(N)
+    policy, reference = (-0.5 * ones, 2.5 * ones, 0.6 * ones, 0.7 * ones), (2.0 * ones, ones, 0.6 * ones, -0.9 * ones)
+    live = Live(x.target, *policy, *reference, reverse_kl=0.2 * ones)
+    u = launch.in_place(z, dtype)
+    launch.run(launch.columns(z, ref_z, x, live, u))
+    return u
+
+
 def check_half_tiles_in_place() -> None:
     """The half rows that replace fp32 ones are those of the fp32 kernel, rounded."""
     x = problem(11, torch.float32, own=True, extras=True, kl_rows=SOME, reverse=OTHERS)
@@ -100,8 +111,8 @@ def check_half_tiles_in_place() -> None:
         z, ref_z = x.hidden @ x.weight.t(), x.ref_hidden[order] @ x.ref_weight.t()
         u, k = launch.in_place(z, dtype), launch.in_place(ref_z, dtype)
         r = torch.full((int(OTHERS.sum()), V), torch.nan, dtype=dtype)
-        launch.run(launch.rows(z, ref_z, x, order, u=u, k=k, r=r))
-        made[dtype] = u, k[: int(SOME.sum())], r
+        launch.run(launch.rows(z, ref_z, x, order, torch.empty(9, N), u=u, k=k, r=r))
+        made[dtype] = u, k[: int(SOME.sum())], r, trained_tile(x, dtype)
     for dtype, ulp in ((torch.float16, 0.0), (torch.bfloat16, 2**-7)):  # the interpreter truncates to bf16
         for mine, want in zip(made[dtype], made[torch.float32], strict=True):
             torch.testing.assert_close(mine, want.to(dtype), rtol=ulp, atol=0.0)
@@ -112,9 +123,9 @@ def check_near_the_reference() -> None:
     rows = torch.ones(N, dtype=torch.bool)
     x = problem(64, torch.float32, own=False, extras=False, kl_rows=rows, reverse=rows)
     x = x._replace(ref_hidden=x.hidden + 0.01 * rounded(8, N, 64, dtype=torch.float32))
-    tile, unit = launch.forward(x, True)
-    want, exact_unit = chunked.forward(exact(x), True)
-    register = launch.register_stats(x._replace(reverse_kl_rows=None), True, 1).kl
+    tile, unit, _ = launch.forward(x, True)
+    want, exact_unit, _ = chunked.forward(exact(x), True)
+    register = launch.register_stats(x._replace(reverse_kl_rows=None), True, 1).stats.kl
     assert want.kl is not None and unit is not None and exact_unit is not None
     assert 1e-5 < want.kl.min() and want.kl.max() < 1e-3
     for name, got, value in (
@@ -129,7 +140,7 @@ def check_near_the_reference() -> None:
         error = ((got - value).norm(dim=1) / value.norm(dim=1)).max()
         assert error < 1e-3, f"{name}: off by {error:.2g} of itself"
     same = x._replace(ref_hidden=x.hidden)
-    for got in (launch.register_stats(same, False, 1).kl, launch.forward(same, False)[0].reverse_kl):
+    for got in (launch.register_stats(same, False, 1).stats.kl, launch.forward(same, False).stats.reverse_kl):
         assert got is not None and got.abs().max() < 1e-9
 
 
@@ -157,7 +168,7 @@ def check_confident_and_far() -> None:
 def check_no_rows() -> None:
     x = problem(64, torch.float32, own=True, extras=False, kl_rows=SOME[:0])
     x = x._replace(hidden=x.hidden[:0], target=x.target[:0], ref_hidden=rounded(3, 0, 64, dtype=torch.float32))
-    assert [t.shape for t in launch.register_stats(x, False, 1)[:4]] == [(0,)] * 4
+    assert [t.shape for t in launch.register_stats(x, False, 1).stats[:4]] == [(0,)] * 4
     hidden = x.hidden.clone().requires_grad_()
     token_stats(hidden, x.weight, x.target, backend="triton").logp.sum().backward()
     assert hidden.grad is not None and hidden.grad.shape == (0, 64)

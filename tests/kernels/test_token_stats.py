@@ -222,12 +222,14 @@ def test_d_hidden_is_as_good_for_confident_tokens(dtype, loss_scale, bound, trai
 
 @pytest.mark.parametrize("distance", [1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("own_head", [False, True])
-def test_kl_near_the_reference(distance, own_head, monkeypatch):
+@pytest.mark.parametrize("train_head", [False, True])
+def test_kl_near_the_reference(distance, own_head, train_head, monkeypatch):
     monkeypatch.setattr(chunked, "TILE_BYTES", 64 * 257 * 4)
     given, target = confident(torch.bfloat16)
     shift = 0.9 * (distance / 1e-3) ** 0.5
     given["ref_hidden"] = (given["hidden"].double() + shift * rounded(8, 200, 32, dtype=torch.float64)).bfloat16()
     given["ref_weight"] = given["weight"].clone() if own_head else None
+    given["weight"].requires_grad_(train_head)
 
     def total(stats):
         return stats | {"total": stats["kl"].sum()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpo_kernels.testing_aot import SHARED_LIMIT, cost
-from fastpo_kernels.token_stats import launch
+from fastpo_kernels.token_stats import launch, trained
 from fastpo_kernels.token_stats.reference import Inputs
 
 N, H, V = 441, 896, 151936
@@ -35,7 +35,7 @@ def inputs(reference, dtype=BF16, *, extras=True):
     )
 
 
-STATS = meta(5, N, dtype=FP32)
+STATS = meta(9, N, dtype=FP32)
 
 
 def compiled(made, capability):
@@ -65,21 +65,28 @@ def test_figures_are_of_the_launch_that_runs():
     assert "cp.async" not in cost(odd.kernel, odd.args, 80, num_warps=odd.num_warps, num_stages=odd.num_stages).ptx
 
 
-@pytest.mark.parametrize(
-    "what, capability, dtype",
-    [("unit", 80, FP32), ("unit", 90, FP16), ("backward", 80, BF16), ("backward", 90, FP32)],
-)
-def test_rows(what, capability, dtype):
-    """With both divergences on half of the rows, which cost registers. "unit" makes the statistics, too."""
+def overwrites_what_it_read(ptx):
+    """Gradients go where other threads have just read logits: a barrier lies between."""
+    loads = ptx[: ptx.rindex("st.global")]
+    return "bar.sync" in loads[loads.rindex("ld.global") :]
+
+
+@pytest.mark.parametrize("capability, dtype", [(80, FP32), (90, FP16)])
+def test_rows(capability, dtype):
+    """Statistics and unit gradients with both divergences on half of the rows, which cost registers."""
     half = torch.arange(N) < N // 2
     x, z = inputs("own", dtype)._replace(kl_rows=half, reverse_kl_rows=half), meta(N, V, dtype=FP32)
-    u, g = launch.in_place(z, dtype), STATS[0]
-    written = {
-        "unit": {"stats": STATS, "u": u, "k": u, "r": meta(N // 2, V, dtype=dtype)},
-        "backward": {"u": u, "g_logp": g, "g_kl": g, "g_reverse": g},
-    }
-    x = x._replace(bias=meta(V, dtype=FP32))  # as chunked makes it
-    ptx = compiled(launch.rows(z, z, x, torch.arange(N), **written[what]), capability).ptx
-    # gradients go where other threads have just read logits: a barrier lies between
-    loads = ptx[: ptx.rindex("st.global")]
-    assert "bar.sync" in loads[loads.rindex("ld.global") :]
+    x, u = x._replace(bias=meta(V, dtype=FP32)), launch.in_place(z, dtype)  # the bias as chunked makes it
+    made = launch.rows(z, z, x, torch.arange(N), STATS, u=u, k=u, r=meta(N // 2, V, dtype=dtype))
+    assert overwrites_what_it_read(compiled(made, capability).ptx)
+
+
+@pytest.mark.parametrize("capability, dtype", [(80, BF16), (90, FP32)])
+def test_columns(capability, dtype):
+    """Of a trained head, with both divergences."""
+    n, v = 16384, 4096
+    x, z = inputs("own", dtype)._replace(bias=meta(v, dtype=FP32)), meta(n, v, dtype=FP32)
+    row = meta(n, dtype=FP32)
+    live = trained.Live(meta(n, dtype=torch.int64), *[row] * 9)
+    made = launch.columns(z, z, x, live, launch.in_place(z, dtype))
+    assert overwrites_what_it_read(compiled(made, capability).ptx)

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpo_kernels.dispatch import choose
-from fastpo_kernels.token_stats import chunked, reference
+from fastpo_kernels.token_stats import chunked, reference, trained
 from fastpo_kernels.token_stats.reference import Inputs
 from fastpo_kernels.token_stats.sharded import Shard, copied, gathered
 from fastpo_kernels.token_stats.ways import capability, choose_way
@@ -139,12 +138,17 @@ def _rows(x: Inputs) -> dict[str, Tensor]:
     return {name: rows for name, rows in masks.items() if rows is not None}
 
 
-def _backend(name: str) -> ModuleType:
+class _Backend(NamedTuple):
+    forward: Callable[[Inputs, bool], chunked.Forward]
+    d_logits: trained.DLogits
+
+
+def _backend(name: str) -> _Backend:
     if name == "chunked":
-        return chunked
+        return _Backend(chunked.forward, trained.d_logits)
     from fastpo_kernels.token_stats import launch  # Triton is imported on first use
 
-    return launch
+    return _Backend(launch.forward, launch.d_logits)
 
 
 def _wants_unit_gradient(x: Inputs) -> bool:
@@ -156,9 +160,9 @@ class _Fused(torch.autograd.Function):
     """Keeps the head itself, not a saved copy of its data: under ZeRO-3 that is empty between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, backend: ModuleType, unit_gradient: bool, *args: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, backend: _Backend, unit_gradient: bool, *args: Any) -> tuple[Tensor | None, ...]:
         x = Inputs(*args)
-        stats, unit = backend.forward(x, unit_gradient)
+        stats, unit, normalisers = backend.forward(x, unit_gradient)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in (stats.ref_logp, stats.entropy) if t is not None))
         ctx.backend, ctx.dtype = backend, x.hidden.dtype
@@ -166,7 +170,8 @@ class _Fused(torch.autograd.Function):
         if unit is not None:
             ctx.save_for_backward(*unit)
         else:
-            ctx.save_for_backward(x.hidden, x.target, x.ref_hidden)
+            assert normalisers is not None
+            ctx.save_for_backward(x.hidden, x.target, x.ref_hidden, *normalisers, *stats)
             ctx.inputs = x._replace(hidden=None, target=None, ref_hidden=None)  # pyright: ignore[reportArgumentType]
         return tuple(stats)
 
@@ -179,11 +184,13 @@ class _Fused(torch.autograd.Function):
         if ctx.inputs is None:
             hidden = chunked.unit_backward(chunked.UnitGradient(*ctx.saved_tensors), g).to(ctx.dtype)
         else:
-            names = zip(("hidden", "target", "ref_hidden"), ctx.saved_tensors, strict=True)
-            x = ctx.inputs._replace(**dict(names))
+            hidden, target, ref_hidden, *saved = ctx.saved_tensors
+            x = ctx.inputs._replace(hidden=hidden, target=target, ref_hidden=ref_hidden)
             with torch.autocast(x.hidden.device.type, enabled=False):
-                hidden, weight, bias = ctx.backend.backward(x, g, ctx.needs_input_grad[2:5])
-            weight, bias = (None if g is None else g.to(ctx.dtype) for g in (weight, bias))
+                normalisers, stats = chunked.Normalisers(*saved[:4]), TokenStats(*saved[4:])
+                hidden, weight, bias = trained.backward(
+                    x, stats, normalisers, g, ctx.needs_input_grad[2:5], ctx.backend.d_logits
+                )
         return None, None, hidden, weight, bias, *(None,) * (len(Inputs._fields) - 3)
 
 

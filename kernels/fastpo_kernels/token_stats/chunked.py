@@ -3,7 +3,7 @@
 GEMM passes, one being 2 N H V floating-point operations:
     forward                   policy logits 1, reference logits 1 where there is a reference
     frozen head, forward      unit gradient 1, and 1 for the rows that ask for KL; the backward is elementwise
-    trainable head, backward  logits 1, reference logits 1 for the rows with KL, d hidden 1, d weight 1
+    trainable head, backward  `trained`
 `folded` does a trainable head in 3 where each row's loss is known from its own log-probability.
 
 Over a vocabulary split between ranks (Inputs.shard) a tile has the columns of this rank, and every sum or maximum along
@@ -24,8 +24,8 @@ from fastpo_kernels.types import TokenStats
 # fp32 logits of one model in one chunk: 441 rows at V = 152k. A GEMM needs about 266 rows before it stops waiting for
 # the weight (H100: 798 TFLOP/s over 3.0 TB/s), and up to six such tiles are alive at once.
 TILE_BYTES = 256 << 20
-MIN_ROWS = 256
-CPU_TILE_BYTES = 16 << 20  # on the CPU, where MIN_ROWS allow it, so that a tile stays in the last-level cache (33 MB)
+MIN_SIDE = 256
+CPU_TILE_BYTES = 16 << 20  # on the CPU, where MIN_SIDE allow it, so that a tile stays in the last-level cache (33 MB)
 
 
 class UnitGradient(NamedTuple):
@@ -46,13 +46,29 @@ class Coefficients(NamedTuple):
     reverse_kl: Tensor | None  # [N]
 
 
-Units = tuple[Tensor | None, ...]  # u, k and r of some rows: the tensors of UnitGradient without their indices
-Chunk = Callable[[Inputs, torch.dtype | None], tuple[TokenStats, Units]]
-DLogits = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
+class Normalisers(NamedTuple):
+    """log p = z - top - log_sum. Not one number, which would round log_sum to the digits of top. None: no reference."""
+
+    top: Tensor  # [N] the largest logit
+    log_sum: Tensor  # [N] log sum e^(z - top)
+    ref_top: Tensor | None  # [N]
+    ref_log_sum: Tensor | None  # [N]
 
 
-def forward(x: Inputs, unit_gradient: bool, chunk: Chunk | None = None) -> tuple[TokenStats, UnitGradient | None]:
-    """Statistics and, where asked for, the unit gradient: all that the backward of a frozen head needs.
+class Forward(NamedTuple):
+    """Without a unit gradient there are normalisers, which the backward of a trainable head needs."""
+
+    stats: TokenStats
+    unit: UnitGradient | None
+    normalisers: Normalisers | None
+
+
+Made = tuple[Tensor | None, ...]  # of some rows: u, k and r of UnitGradient, or Normalisers
+Chunk = Callable[[Inputs, torch.dtype | None], tuple[TokenStats, Made]]
+
+
+def forward(x: Inputs, unit_gradient: bool, chunk: Chunk | None = None) -> Forward:
+    """Statistics and, where asked for, the unit gradient.
 
     chunk: what computes some rows; None: eager PyTorch.
     """
@@ -60,15 +76,16 @@ def forward(x: Inputs, unit_gradient: bool, chunk: Chunk | None = None) -> tuple
     whole = _operands(x)
     keep = _kept(x.hidden.dtype) if unit_gradient else None
     chunks = [chunk(_take(whole, at), keep) for at in _split(torch.arange(len(x.hidden)), x)]
-    stats, units = zip(*chunks, strict=True)
-    joined = TokenStats(*map(_cat, zip(*stats, strict=True)))  # pyright: ignore[reportArgumentType]  # logp is a Tensor
-    u, k, r = map(_cat, zip(*units, strict=True))
-    if u is None:
-        return joined, None
+    parts, made = zip(*chunks, strict=True)
+    stats = TokenStats(*map(_cat, zip(*parts, strict=True)))  # pyright: ignore[reportArgumentType]  # logp is a Tensor
+    joined = map(_cat, zip(*made, strict=True))
+    if keep is None:
+        return Forward(stats, None, Normalisers(*joined))  # pyright: ignore[reportArgumentType]  # nor is top None
+    u, k, r = joined
     kl_at, reverse_kl_at = (
         None if rows is None else _index(rows, x.hidden.device) for rows in (x.kl_rows, x.reverse_kl_rows)
     )
-    return joined, UnitGradient(u, k, kl_at, r, reverse_kl_at)
+    return Forward(stats, UnitGradient(u, k, kl_at, r, reverse_kl_at), None)  # pyright: ignore[reportArgumentType]
 
 
 def unit_backward(unit: UnitGradient, g: Coefficients) -> Tensor:
@@ -104,31 +121,7 @@ class Gradients(NamedTuple):
         if self.hidden is not None:
             self.hidden[at] = mm(tile, x.weight).to(self.hidden.dtype)
         if self.weight is not None:
-            _add_mm(self.weight, tile.t(), x.hidden, beta=0 if first else 1)
-
-
-def backward(x: Inputs, g: Coefficients, wanted: Sequence[bool], d_logits: DLogits | None = None) -> Gradients:
-    """Gradients of hidden, weight and bias (those `wanted`) by recomputing the logits.
-
-    A row whose coefficients are exactly 0 enters no GEMM; finding them costs one sync.
-    d_logits: what computes the gradient of some rows at h W^T + b; None: eager PyTorch.
-    """
-    d_logits = d_logits or _d_logits
-    whole, device = _operands(x), x.hidden.device
-    zeros = torch.zeros(len(x.hidden), dtype=accumulator(x.hidden.dtype), device=device)
-    dense = [zeros if c is None else c for c in g]
-    live, has_kl, has_reverse = torch.stack(dense).ne(0).cpu()
-    if x.kl_rows is not None:
-        whole = whole._replace(kl_rows=x.kl_rows & has_kl)
-        live = live | (x.kl_rows & has_kl)
-    if x.reverse_kl_rows is not None:
-        whole = whole._replace(reverse_kl_rows=x.reverse_kl_rows & has_reverse)
-        live = live | (x.reverse_kl_rows & has_reverse)
-    gradients = Gradients.empty(x, wanted, x.hidden.dtype)
-    for i, at in enumerate(_split(live.nonzero()[:, 0], x)):
-        part, here = _take(whole, at), at.to(device)
-        gradients.add(d_logits(part, *(c[here] for c in dense)), part, here, first=i == 0)
-    return gradients
+            add_mm(self.weight, tile.t(), x.hidden, beta=0 if first else 1)
 
 
 def folded(
@@ -143,7 +136,7 @@ def folded(
         part, here = _take(whole, at), slice(stop, stop + len(at))
         stop = here.stop
         z = _logits(part.hidden, part.weight, part)
-        slope, log_p = _slope(z, part), _log_softmax(z, part)
+        slope, log_p = slope_of(z, part), _log_softmax(z, part)
         logp = _pick(log_p, part)
         losses, g_logp = coefficient(logp, here)
         if losses.shape != logp.shape or g_logp.shape != logp.shape:
@@ -155,15 +148,18 @@ def folded(
             if len(live) < len(at):
                 part, slope = _take(part, live), None if slope is None else slope[live]
                 log_p, logp, g_logp = log_p[live], logp[live], g_logp[live]
-            tile = _less_target(log_p.exp_(), logp, part).mul_(g_logp.to(logp.dtype)[:, None] / -x.temperature)
+            tile = less_target(log_p.exp_(), logp, *_columns(part))
+            tile.mul_(g_logp.to(logp.dtype)[:, None] / -x.temperature)
             tile = tile if slope is None else tile.mul_(slope)
             gradients.add(tile, part, live + here.start, first=here.start == 0)
     return loss, torch.cat(logps), gradients
 
 
-def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Units]:
+def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Made]:
     """Statistics of some rows; with a dtype to keep them in, also their u [n, H], and k and r of those with KL."""
-    log_p, log_q, slope = _log_probs(x)
+    z, ref_z = _both_logits(x)
+    log_p, log_q, slope = _log_softmax(z, x), None if ref_z is None else _log_softmax(ref_z, x), slope_of(z, x)
+    normalisers = (*_normaliser(z, log_p, x), *_normaliser(ref_z, log_q, x)) if keep is None else None
     p, logp = log_p.exp(), _pick(log_p, x)
     ref_logp = kl = reverse_kl = u = k = r = None
     if log_q is not None:
@@ -183,8 +179,8 @@ def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Units]:
             reverse_kl, r = divergence(x.reverse_kl_rows, _reverse_kl)
     entropy = -_total(log_p.mul_(p), x)
     if keep is not None:
-        u = _pull_back(_less_target(p, logp, x), slope, x).neg_().to(keep)
-    return TokenStats(logp, ref_logp, kl, entropy, reverse_kl), (u, k, r)
+        u = _pull_back(less_target(p, logp, *_columns(x)), slope, x).neg_().to(keep)
+    return TokenStats(logp, ref_logp, kl, entropy, reverse_kl), normalisers or (u, k, r)
 
 
 def _kl(log_p: Tensor, log_q: Tensor, p: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -211,36 +207,13 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, x: Inputs) -> tuple[Ten
     return values, gap.sub_(mean[:, None]).mul_(p)
 
 
-def _less_target(p: Tensor, logp: Tensor, x: Inputs) -> Tensor:
+def less_target(p: Tensor, logp: Tensor, column: Tensor, here: Tensor | None) -> Tensor:
     """[n, V] p - onehot(target), written over p; -d logp at the logits, to be negated where it is smaller than a tile.
 
-    Rounding p to the operand dtype first would lose 1 - p(target).
+    column, here: see columns. Rounding p to the operand dtype first would lose 1 - p(target).
     """
-    column, here = _columns(x)
     at_target = torch.expm1(logp)[:, None]
     return p.scatter_(1, column, at_target if here is None else at_target.where(here, p.gather(1, column)))
-
-
-def _d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, g_reverse: Tensor) -> Tensor:
-    """[n, V] gradient of sum(g_logp logp + g_kl kl + g_reverse reverse_kl) at h W^T + b."""
-    z = _logits(x.hidden, x.weight, x)
-    slope, log_p = _slope(z, x), _log_softmax(z, x)
-    logp, masks = _pick(log_p, x), [rows for rows in (x.kl_rows, x.reverse_kl_rows) if rows is not None]
-    p = log_p.exp() if masks else log_p.exp_()
-    at, divergences = torch.empty(0), []
-    if masks and x.ref_hidden is not None:
-        at = _index(torch.stack(masks).any(0), p.device)
-        log_q = _log_softmax(_logits(x.ref_hidden[at], x.weight if x.ref_weight is None else x.ref_weight, x), x)
-        if x.kl_rows is not None:
-            g = g_kl.where(x.kl_rows.to(p.device), 0.0)[at, None] / x.temperature
-            divergences.append((p[at] - log_q.exp()).mul_(g))
-        if x.reverse_kl_rows is not None:
-            g = g_reverse.where(x.reverse_kl_rows.to(p.device), 0.0)[at, None] / x.temperature
-            divergences.append(_reverse_kl(log_p[at], log_q, p[at], x)[1].mul_(g))
-    tile = _less_target(p, logp, x).mul_(g_logp[:, None] / -x.temperature)
-    for divergence in divergences:
-        tile.index_add_(0, at, divergence)
-    return tile if slope is None else tile.mul_(slope)
 
 
 def _pull_back(tile: Tensor, slope: Tensor | None, x: Inputs) -> Tensor:
@@ -249,20 +222,23 @@ def _pull_back(tile: Tensor, slope: Tensor | None, x: Inputs) -> Tensor:
     return mm(tile.to(x.weight.dtype), x.weight).div_(x.temperature)
 
 
-def _log_probs(x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[n, V] log p; log q, with a reference; and the slope of the softcap at the policy's logits."""
+def _both_logits(x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """[n, V] of the policy and, where there is one, of the reference."""
     if x.ref_hidden is None:
-        z, ref_z = _logits(x.hidden, x.weight, x), None
-    elif x.ref_weight is None:  # one GEMM, since with one tiling the rounding errors of p and q cancel in p - q
+        return _logits(x.hidden, x.weight, x), None
+    if x.ref_weight is None:  # one GEMM, since with one tiling the rounding errors of p and q cancel in p - q
         z, ref_z = _logits(torch.cat([x.hidden, x.ref_hidden]), x.weight, x).tensor_split(2)
-    else:
-        z, ref_z = _logits(x.hidden, x.weight, x), _logits(x.ref_hidden, x.ref_weight, x)
-    return _log_softmax(z, x), None if ref_z is None else _log_softmax(ref_z, x), _slope(z, x)
+        return z, ref_z
+    return _logits(x.hidden, x.weight, x), _logits(x.ref_hidden, x.ref_weight, x)
 
 
 def _logits(hidden: Tensor, weight: Tensor, x: Inputs) -> Tensor:
     """[n, V] fp32 (float64 for float64) softcap * tanh((h W^T + b) / softcap) / temperature."""
-    z = mm(hidden, weight.t())
+    return bend(mm(hidden, weight.t()), x)
+
+
+def bend(z: Tensor, x: Inputs) -> Tensor:
+    """The logits of z = h W^T, written over it."""
     if x.bias is not None:
         z += x.bias
     if x.softcap is not None:
@@ -278,6 +254,14 @@ def _log_softmax(z: Tensor, x: Inputs) -> Tensor:
     return z.sub_(total(z.exp().sum(-1), x.shard).log_()[:, None])
 
 
+def _normaliser(z: Tensor | None, log_p: Tensor | None, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
+    """top and log_sum of logits z, as _log_softmax took them."""
+    if z is None or log_p is None:
+        return None, None
+    top, log_sum = z.amax(-1), log_p.amax(-1)
+    return (top, -log_sum) if x.shard is None else (highest(top, x.shard), -highest(log_sum, x.shard))
+
+
 def _total(tile: Tensor, x: Inputs) -> Tensor:
     """[n, V] -> [n], the sum over the whole vocabulary."""
     return tile.sum(-1) if x.shard is None else total(tile.sum(-1), x.shard)
@@ -285,22 +269,24 @@ def _total(tile: Tensor, x: Inputs) -> Tensor:
 
 def _columns(x: Inputs) -> tuple[Tensor, Tensor | None]:
     """[n, 1] the column of each target, and [n, 1] bool: whether this rank has it; None where it has all."""
-    if x.shard is None:
-        return x.target[:, None], None
-    column = x.target[:, None] - x.shard.first
-    return column.clamp(0, len(x.weight) - 1), (column >= 0) & (column < len(x.weight))
+    return (x.target[:, None], None) if x.shard is None else columns(x.target[:, None] - x.shard.first, len(x.weight))
 
 
-def _pick(log_probs: Tensor, x: Inputs) -> Tensor:
+def columns(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The column of each target, which may lie outside of [0, size), and bool: whether it lies there."""
+    return target.clamp(0, size - 1), (target >= 0) & (target < size)
+
+
+def _pick(tile: Tensor, x: Inputs) -> Tensor:
     """[n, V] -> [n], at the targets."""
     column, here = _columns(x)
-    picked = log_probs.gather(1, column)
+    picked = tile.gather(1, column)
     if x.shard is None or here is None:
         return picked[:, 0]
     return total(picked.where(here, 0.0)[:, 0], x.shard)
 
 
-def _slope(logits: Tensor, x: Inputs) -> Tensor | None:
+def slope_of(logits: Tensor, x: Inputs) -> Tensor | None:
     """[n, V] 1 - tanh^2, the derivative of the softcap; None without one."""
     return None if x.softcap is None else 1 - (logits * (x.temperature / x.softcap)).square_()
 
@@ -310,7 +296,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.mm(a, b)
 
 
-def _add_mm(out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
+def add_mm(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
     """out = beta out + a @ b, summed in the fp32 of out; beta 0: what out held, even NaN, is gone."""
     if a.dtype in HALF:
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
@@ -326,34 +312,40 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else accumulator(dtype)
 
 
-def _operand(x: Tensor) -> Tensor:
+def operand(x: Tensor) -> Tensor:
     return x if x.is_cuda else x.to(accumulator(x.dtype))
 
 
 def _operands(x: Inputs) -> Inputs:
     """The heads as GEMM operands: off CUDA a half head is made fp32 once, not once per chunk."""
     return x._replace(
-        weight=_operand(x.weight),
-        ref_weight=None if x.ref_weight is None else _operand(x.ref_weight),
+        weight=operand(x.weight),
+        ref_weight=None if x.ref_weight is None else operand(x.ref_weight),
         bias=None if x.bias is None else x.bias.to(accumulator(x.bias.dtype)),
     )
 
 
 def _split(rows: Tensor, x: Inputs) -> Iterator[Tensor]:
     """Chunks of a host index of rows; of no rows, one empty chunk."""
-    columns = len(x.weight) if x.shard is None else x.shard.columns  # the same chunks on every rank
-    row = columns * accumulator(x.hidden.dtype).itemsize
-    size = TILE_BYTES // row if x.hidden.is_cuda else min(TILE_BYTES // row, max(MIN_ROWS, CPU_TILE_BYTES // row))
-    yield from rows.split(max(MIN_ROWS if x.hidden.is_cuda else 1, size))
+    size = len(x.weight) if x.shard is None else x.shard.columns  # the same chunks on every rank
+    yield from rows.split(tile_size(size, x.hidden))
+
+
+def tile_size(columns: int, like: Tensor) -> int:
+    """Rows of a tile of so many columns (or the other way round) of logits from operands like `like`."""
+    row = max(1, columns) * accumulator(like.dtype).itemsize
+    if like.is_cuda:
+        return max(MIN_SIDE, TILE_BYTES // row)
+    return max(1, min(TILE_BYTES // row, max(MIN_SIDE, CPU_TILE_BYTES // row)))
 
 
 def _take(x: Inputs, at: Tensor) -> Inputs:
     """The rows of a host index, as GEMM operands."""
     here = at.to(x.hidden.device)
     return x._replace(
-        hidden=_operand(x.hidden[here]),
+        hidden=operand(x.hidden[here]),
         target=x.target[here],
-        ref_hidden=None if x.ref_hidden is None else _operand(x.ref_hidden[here]),
+        ref_hidden=None if x.ref_hidden is None else operand(x.ref_hidden[here]),
         kl_rows=None if x.kl_rows is None else x.kl_rows[at],
         reverse_kl_rows=None if x.reverse_kl_rows is None else x.reverse_kl_rows[at],
     )

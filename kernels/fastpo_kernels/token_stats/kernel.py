@@ -111,20 +111,16 @@ def _kl(t, sp, sq):
 @triton.jit
 def rows(
     z_ptr,  # [n, V] fp32 h W^T of the policy
-    ref_ptr,  # [ref_rows, V] fp32 of the reference, or None
-    u_ptr,  # z_ptr in the operand dtype, whose rows are overwritten with their gradient at h W^T, or None
-    k_ptr,  # ref_ptr likewise, for the gradient of KL; None where g_* are given
-    r_ptr,  # [reverse_rows, V] for the gradient of the reverse KL, a tile of its own; None where g_* are given
+    ref_ptr,  # [n, V] fp32 of the reference, or None
+    u_ptr,  # z_ptr in the operand dtype, whose rows are overwritten with d logp at h W^T, or None
+    k_ptr,  # ref_ptr likewise, for the gradient of KL, or None
+    r_ptr,  # [reverse_rows, V] for the gradient of the reverse KL, a tile of its own, or None
     bias_ptr,  # [V] or None
     target_ptr,  # [n]
-    slot_ptr,  # [n] the row of ref_ptr that belongs to each row; >= ref_rows: none
+    slot_ptr,  # [n] the row of ref_ptr that belongs to each row
     reverse_slot_ptr,  # [n] the row of r_ptr; >= reverse_rows: no reverse KL; or None for none at all
-    g_logp_ptr,  # [n] coefficient of logp in u, or None for 1
-    g_kl_ptr,  # [n] coefficient of KL in u, or None for 0
-    g_reverse_ptr,  # [n] coefficient of the reverse KL in u, or None for 0
-    stats_ptr,  # [5, n] logp, ref_logp, KL, entropy, reverse KL, or None
+    stats_ptr,  # [9, n] logp, ref_logp, KL, entropy, reverse KL, m, log s, m and log s of the reference
     V,
-    ref_rows,
     kl_rows,  # slots below it want the KL
     reverse_rows,
     softcap,
@@ -137,7 +133,6 @@ def rows(
     one = tl.arange(0, 1)
     target = tl.load(target_ptr + row + one)
     slot = tl.load(slot_ptr + row).to(tl.int64)
-    ref_cols = tl.where(slot < ref_rows, V, 0)
     z_ptr += row.to(tl.int64) * V
     mp = tl.full([1], LOWEST, tl.float32)
     sp, ep, yp = tl.zeros_like(mp), tl.zeros_like(mp), tl.zeros_like(mp)
@@ -151,7 +146,7 @@ def rows(
         zp = tl.load(z_ptr + cols, mask=cols < V, other=0.0)[None, :]
         zp, _ = _logits(zp, bias_ptr, cols, V, softcap, sharpness)
         if ref_ptr is not None:
-            zq = tl.load(ref_ptr + cols, mask=cols < ref_cols, other=0.0)[None, :]
+            zq = tl.load(ref_ptr + cols, mask=cols < V, other=0.0)[None, :]
             zq, _ = _logits(zq, bias_ptr, cols, V, softcap, sharpness)
             if slot < kl_rows:
                 t = _take_in_gap(t, mp, sp, mq, sq, zp, zq)
@@ -168,15 +163,19 @@ def rows(
     logp = yp - mp - log_sp
     if reverse_slot_ptr is not None:
         reverse_kl = tl.where(reverse_slot < reverse_rows, _kl(back, sq, sp), 0.0)
-    if stats_ptr is not None:
-        n = tl.num_programs(0)
-        tl.store(stats_ptr + row + one, logp)
-        tl.store(stats_ptr + 3 * n + row + one, log_sp - ep / sp)
-        if ref_ptr is not None:
-            tl.store(stats_ptr + n + row + one, yq - mq - tl.log(sq))
-            tl.store(stats_ptr + 2 * n + row + one, tl.where(slot < kl_rows, _kl(t, sp, sq), 0.0))
-        if reverse_slot_ptr is not None:
-            tl.store(stats_ptr + 4 * n + row + one, reverse_kl)
+    n = tl.num_programs(0)
+    tl.store(stats_ptr + row + one, logp)
+    tl.store(stats_ptr + 3 * n + row + one, log_sp - ep / sp)
+    tl.store(stats_ptr + 5 * n + row + one, mp)
+    tl.store(stats_ptr + 6 * n + row + one, log_sp)
+    if ref_ptr is not None:
+        log_sq = tl.log(sq)
+        tl.store(stats_ptr + 7 * n + row + one, mq)
+        tl.store(stats_ptr + 8 * n + row + one, log_sq)
+        tl.store(stats_ptr + n + row + one, yq - mq - log_sq)
+        tl.store(stats_ptr + 2 * n + row + one, tl.where(slot < kl_rows, _kl(t, sp, sq), 0.0))
+    if reverse_slot_ptr is not None:
+        tl.store(stats_ptr + 4 * n + row + one, reverse_kl)
     if u_ptr is not None:
         u_ptr += row.to(tl.int64) * stride
         to_target = -expm1(logp)[:, None]
@@ -186,8 +185,6 @@ def rows(
             zp, slope = _logits(zp, bias_ptr, cols, V, softcap, sharpness)
             p = tl.exp(zp - mp[:, None] - log_sp[:, None])
             u = tl.where(cols[None, :] == target[:, None], to_target, -p)
-            if g_logp_ptr is not None:
-                u *= tl.load(g_logp_ptr + row)
             if ref_ptr is not None:
                 paired = slot < kl_rows
                 if reverse_slot_ptr is not None:
@@ -196,11 +193,9 @@ def rows(
                     zq = tl.load(ref_ptr + cols, mask=cols < V, other=0.0)[None, :]
                     zq, _ = _logits(zq, bias_ptr, cols, V, softcap, sharpness)
                     zq -= mq[:, None]
-                    if slot < kl_rows:
-                        k = p - tl.exp(zq - tl.log(sq)[:, None])
-                        if g_kl_ptr is not None:
-                            u += k * tl.load(g_kl_ptr + row)
-                        if k_ptr is not None:
+                    if k_ptr is not None:
+                        if slot < kl_rows:
+                            k = p - tl.exp(zq - log_sq[:, None])
                             # written where threads have just read: half-size rows lie at the head of the fp32 ones
                             tl.debug_barrier()
                             k_row = k_ptr + slot * stride + cols[None, :]
@@ -208,13 +203,65 @@ def rows(
                     if reverse_slot_ptr is not None:
                         if reverse_slot < reverse_rows:
                             r = p * (zp - mp[:, None] - zq - (reverse_kl + tl.log(sp / sq))[:, None])
-                            if g_reverse_ptr is not None:
-                                u += r * tl.load(g_reverse_ptr + row)
-                            if r_ptr is not None:
-                                r_row = r_ptr + reverse_slot * V + cols[None, :]
-                                tl.store(r_row, (r * slope).to(r_ptr.dtype.element_ty), mask=(cols < V)[None, :])
+                            r_row = r_ptr + reverse_slot * V + cols[None, :]
+                            tl.store(r_row, (r * slope).to(r_ptr.dtype.element_ty), mask=(cols < V)[None, :])
             tl.debug_barrier()
             tl.store(u_ptr + cols[None, :], (u * slope).to(u_ptr.dtype.element_ty), mask=(cols < V)[None, :])
+
+
+@triton.jit
+def columns(
+    z_ptr,  # [n, v] fp32 h W^T of the policy, some columns of the vocabulary
+    ref_ptr,  # [m, v] of the reference for the first m rows, or None
+    u_ptr,  # z_ptr in the operand dtype, whose rows are overwritten with the loss's gradient at h W^T
+    bias_ptr,  # [v] or None
+    target_ptr,  # [n] column; outside of [0, v): not here
+    logp_ptr,  # [n]
+    top_ptr,  # [n] m
+    log_sum_ptr,  # [n] log s
+    g_logp_ptr,  # [n] coefficient of logp
+    ref_top_ptr,  # [m] or None
+    ref_log_sum_ptr,  # [m] or None
+    g_kl_ptr,  # [m] coefficient of KL, or None for 0
+    g_reverse_ptr,  # [m] coefficient of the reverse KL, or None for 0
+    reverse_kl_ptr,  # [m] or None
+    v,
+    m,
+    softcap,
+    sharpness,  # 1 / temperature
+    stride,  # of a row of u_ptr, in its elements
+    BLOCK: tl.constexpr,
+):
+    """One program per row, in one sweep."""
+    row = tl.program_id(0)
+    far = row.to(tl.int64)
+    z_ptr += far * v
+    u_ptr += far * stride
+    target = tl.load(target_ptr + row)
+    top = tl.load(top_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    g = tl.load(g_logp_ptr + row)
+    to_target = -expm1(tl.load(logp_ptr + row))
+    if ref_ptr is not None:
+        ref_ptr += far * v
+    for start in range(0, v, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + cols, mask=cols < v, other=0.0)[None, :]
+        z, slope = _logits(z, bias_ptr, cols, v, softcap, sharpness)
+        z = z - top - log_sum
+        p = tl.exp(z)
+        u = g * tl.where((cols == target)[None, :], to_target, -p)
+        if ref_ptr is not None:
+            if row < m:
+                zq = tl.load(ref_ptr + cols, mask=cols < v, other=0.0)[None, :]
+                zq, _ = _logits(zq, bias_ptr, cols, v, softcap, sharpness)
+                zq = zq - tl.load(ref_top_ptr + row) - tl.load(ref_log_sum_ptr + row)
+                if g_kl_ptr is not None:
+                    u += tl.load(g_kl_ptr + row) * (p - tl.exp(zq))
+                if g_reverse_ptr is not None:
+                    u += tl.load(g_reverse_ptr + row) * (p * (z - zq - tl.load(reverse_kl_ptr + row)))
+        tl.debug_barrier()  # written where threads have just read: half-size rows lie at the head of the fp32 ones
+        tl.store(u_ptr + cols[None, :], (u * slope).to(u_ptr.dtype.element_ty), mask=(cols < v)[None, :])
 
 
 @triton.jit
@@ -310,7 +357,7 @@ def head(
 
 @triton.jit
 def merge(part_ptr, stats_ptr, N, splits, REF: tl.constexpr, BLOCK: tl.constexpr):
-    """The states of all splits -> [4, N] logp, ref_logp, KL, entropy (without REF only the first and the last)."""
+    """The states of all splits -> stats [9, N] as in `rows` but for the reverse KL, and without REF for its rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < N
     step = splits * N
@@ -336,8 +383,14 @@ def merge(part_ptr, stats_ptr, N, splits, REF: tl.constexpr, BLOCK: tl.constexpr
         ep = _raise_entropy(ep, sp, top - mp) + _raise_entropy(e, s, top - m)
         sp = tl.exp(mp - top) * sp + tl.exp(m - top) * s
         mp = top
-    tl.store(stats_ptr + at, yp - mp - tl.log(sp), mask=inside)
-    tl.store(stats_ptr + 3 * N + at, tl.log(sp) - ep / sp, mask=inside)
+    log_sp = tl.log(sp)
+    tl.store(stats_ptr + at, yp - mp - log_sp, mask=inside)
+    tl.store(stats_ptr + 3 * N + at, log_sp - ep / sp, mask=inside)
+    tl.store(stats_ptr + 5 * N + at, mp, mask=inside)
+    tl.store(stats_ptr + 6 * N + at, log_sp, mask=inside)
     if REF:
-        tl.store(stats_ptr + N + at, yq - mq - tl.log(sq), mask=inside)
+        log_sq = tl.log(sq)
+        tl.store(stats_ptr + 7 * N + at, mq, mask=inside)
+        tl.store(stats_ptr + 8 * N + at, log_sq, mask=inside)
+        tl.store(stats_ptr + N + at, yq - mq - log_sq, mask=inside)
         tl.store(stats_ptr + 2 * N + at, _kl(t, sp, sq), mask=inside)

@@ -2,16 +2,16 @@
 
 Two ways to the statistics. "tile" is chunked's: cuBLAS writes fp32 logits of some rows, `kernel.rows` reads them once
 or twice and leaves their gradient in their place for the next GEMM. "register" is `kernel.head`: the logits never leave
-the registers, and so there is nothing to take a gradient from. `ways` says which is taken where.
+the registers, and so there is nothing to take a gradient from. `ways` says which is taken where. To the gradients of a
+trained head there is one, that of `trained`, with `kernel.columns` between its GEMMs.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpo_kernels.token_stats import chunked, kernel
+from fastpo_kernels.token_stats import chunked, kernel, trained
 from fastpo_kernels.token_stats.reference import Inputs
 from fastpo_kernels.token_stats.ways import BLOCK_H, capability, choose_way
 from fastpo_kernels.triton_launch import Launch, run
@@ -39,32 +39,27 @@ ROWS_BLOCK, ROWS_WARPS = 2048, 8  # with blocks of 4096 the fp32 backward spills
 MERGE_BLOCK, MERGE_WARPS = 128, 4
 
 
-def forward(x: Inputs, unit_gradient: bool) -> tuple[TokenStats, chunked.UnitGradient | None]:
+def forward(x: Inputs, unit_gradient: bool) -> chunked.Forward:
     """See chunked.forward. The register way has no reverse KL."""
     way = choose_way(capability(x.hidden.device), x.hidden.shape[1], x.hidden.dtype, unit_gradient)
     if way == "register" and x.reverse_kl_rows is None and _aligned(x):
-        return register_stats(x, *_device(x.hidden.device)), None
+        return register_stats(x, *_device(x.hidden.device))
     return chunked.forward(x, unit_gradient, chunk)
 
 
-def backward(x: Inputs, g: chunked.Coefficients, wanted: Sequence[bool]) -> chunked.Gradients:
-    """See chunked.backward."""
-    return chunked.backward(x, g, wanted, d_logits)
-
-
-def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, chunked.Units]:
+def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, chunked.Made]:
     """Statistics of some rows; with a dtype to keep them in, also their u [n, H], and k and r of those with KL."""
-    num_rows, order = len(x.hidden), _order(x, torch.ones(len(x.hidden), dtype=torch.bool))
+    num_rows, order = len(x.hidden), _order(x)
     z, ref_z = _products(x, order)
-    stats = torch.empty(5, num_rows, device=z.device)
+    stats = torch.empty(9, num_rows, device=z.device)
     kl_rows, reverse_rows = (None if mask is None else int(mask.sum()) for mask in (x.kl_rows, x.reverse_kl_rows))
     u = k = r = None
     if keep is not None:
         u = in_place(z, x.weight.dtype)
         k = None if ref_z is None or kl_rows is None else in_place(ref_z, x.weight.dtype)
         r = None if reverse_rows is None else x.weight.new_empty(reverse_rows, z.shape[1])
-    run(rows(z, ref_z, x, order, u=u, k=k, r=r, stats=stats))
-    logp, ref_logp, kl, entropy, reverse_kl = stats
+    run(rows(z, ref_z, x, order, stats, u=u, k=k, r=r))
+    logp, ref_logp, kl, entropy, reverse_kl, *normalisers = stats
     joined = TokenStats(
         logp,
         None if ref_z is None else ref_logp,
@@ -73,23 +68,21 @@ def chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, chunked.Unit
         None if reverse_rows is None else reverse_kl,
     )
     tiles = (u, None if k is None else k[:kl_rows], r)
+    if keep is None:
+        return joined, (*normalisers[:2], *([None, None] if ref_z is None else normalisers[2:]))
     return joined, tuple(None if t is None else chunked.mm(t, x.weight).to(keep) for t in tiles)
 
 
-def d_logits(x: Inputs, g_logp: Tensor, g_kl: Tensor, g_reverse: Tensor) -> Tensor:
-    """[n, V] gradient of sum(g_logp logp + g_kl kl + g_reverse reverse_kl) at h W^T + b, in the operand dtype."""
-    masks = [mask for mask in (x.kl_rows, x.reverse_kl_rows) if mask is not None]
-    order = _order(x, torch.stack(masks).any(0)) if masks else torch.arange(0)
-    z, ref_z = _products(x._replace(ref_hidden=x.ref_hidden if len(order) else None), order)
+def d_logits(z: Tensor, ref_z: Tensor | None, x: Inputs, live: trained.Live) -> Tensor:
+    """See trained.d_logits; in the operand dtype."""
     u = in_place(z, x.weight.dtype)
-    run(rows(z, ref_z, x, order, u=u, g_logp=g_logp, g_kl=g_kl, g_reverse=g_reverse))
+    run(columns(z, ref_z, x, live, u))
     return u
 
 
-def _order(x: Inputs, needed: Tensor) -> Tensor:
-    """Host index of the rows `needed` [n] of the reference, those with KL first."""
-    order = torch.arange(len(needed)) if x.kl_rows is None else (~x.kl_rows).to(torch.int8).argsort(stable=True)
-    return order[needed[order]]
+def _order(x: Inputs) -> Tensor:
+    """Host index of the rows, those with KL first."""
+    return torch.arange(len(x.hidden)) if x.kl_rows is None else (~x.kl_rows).to(torch.int8).argsort(stable=True)
 
 
 def _slots(order: Tensor, num_rows: int) -> Tensor:
@@ -100,7 +93,7 @@ def _slots(order: Tensor, num_rows: int) -> Tensor:
 
 
 def _products(x: Inputs, order: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[n, V] h W^T in fp32, and [len(order), V] that of the reference's rows `order`."""
+    """[n, V] h W^T in fp32, and that of the reference's rows in the given order."""
     if x.ref_hidden is None:
         return chunked.mm(x.hidden, x.weight.t()), None
     ref_hidden = x.ref_hidden[order.to(x.hidden.device)]
@@ -120,16 +113,13 @@ def rows(
     ref_z: Tensor | None,
     x: Inputs,
     order: Tensor,
+    stats: Tensor,
     *,
     u: Tensor | None = None,
     k: Tensor | None = None,
     r: Tensor | None = None,
-    g_logp: Tensor | None = None,
-    g_kl: Tensor | None = None,
-    g_reverse: Tensor | None = None,
-    stats: Tensor | None = None,
 ) -> Launch:
-    """z: [n, V] fp32; ref_z: [m, V], the rows `order` of the reference. The other names are those of `kernel.rows`."""
+    """z: [n, V] fp32; ref_z: [n, V], the rows `order` of the reference. The other names are those of `kernel.rows`."""
     reverse = None if ref_z is None or x.reverse_kl_rows is None else x.reverse_kl_rows.nonzero()[:, 0]
     args = {
         "z_ptr": z,
@@ -141,12 +131,8 @@ def rows(
         "target_ptr": x.target,
         "slot_ptr": _slots(order, len(z)).to(z.device),
         "reverse_slot_ptr": None if reverse is None else _slots(reverse, len(z)).to(z.device),
-        "g_logp_ptr": g_logp,
-        "g_kl_ptr": None if ref_z is None or x.kl_rows is None else g_kl,
-        "g_reverse_ptr": None if reverse is None else g_reverse,
         "stats_ptr": stats,
         "V": z.shape[1],
-        "ref_rows": 0 if ref_z is None else len(ref_z),
         "kl_rows": 0 if x.kl_rows is None else int(x.kl_rows.sum()),
         "reverse_rows": 0 if reverse is None else len(reverse),
         "softcap": x.softcap,
@@ -157,18 +143,45 @@ def rows(
     return Launch(kernel.rows, (len(z),), args, ROWS_WARPS)
 
 
-def register_stats(x: Inputs, tma: bool, processors: int) -> TokenStats:
-    """TokenStats without a gradient. processors: of the GPU; the vocabulary is split so that all have work."""
+def columns(z: Tensor, ref_z: Tensor | None, x: Inputs, live: trained.Live, u: Tensor) -> Launch:
+    """The arguments of d_logits, and u: [n, v] of the operand dtype, where its result goes."""
+    args = {
+        "z_ptr": z,
+        "ref_ptr": ref_z,
+        "u_ptr": u,
+        "bias_ptr": None if x.bias is None else x.bias.contiguous(),
+        "target_ptr": live.target,
+        "logp_ptr": live.logp,
+        "top_ptr": live.top,
+        "log_sum_ptr": live.log_sum,
+        "g_logp_ptr": live.g_logp,
+        "ref_top_ptr": live.ref_top,
+        "ref_log_sum_ptr": live.ref_log_sum,
+        "g_kl_ptr": live.g_kl,
+        "g_reverse_ptr": live.g_reverse_kl,
+        "reverse_kl_ptr": live.reverse_kl,
+        "v": z.shape[1],
+        "m": 0 if ref_z is None else len(ref_z),
+        "softcap": x.softcap,
+        "sharpness": 1 / x.temperature,
+        "stride": u.stride(0),
+        "BLOCK": ROWS_BLOCK,
+    }
+    return Launch(kernel.columns, (len(z),), args, ROWS_WARPS)
+
+
+def register_stats(x: Inputs, tma: bool, processors: int) -> chunked.Forward:
+    """See forward. processors: of the GPU; the vocabulary is split so that all have work."""
     num_rows, device = len(x.hidden), x.hidden.device
 
     def sweep(part: Inputs) -> Tensor:
-        """[4, n] logp, ref_logp, KL, entropy; the inner two only with a reference."""
-        stats = torch.empty(4, len(part.hidden), device=device)
+        """[9, n] as in `kernel.merge`."""
+        stats = torch.empty(9, len(part.hidden), device=device)
         for launch in registers(part, stats, tma, processors):
             run(launch)
         return stats
 
-    stats = torch.zeros(4, num_rows, device=device)
+    stats = torch.zeros(9, num_rows, device=device)
     wants_kl = torch.zeros(num_rows, dtype=torch.bool) if x.kl_rows is None else x.kl_rows
     both, rest = (mask.nonzero()[:, 0].to(device) for mask in (wants_kl, ~wants_kl))
     if len(both):
@@ -180,14 +193,18 @@ def register_stats(x: Inputs, tma: bool, processors: int) -> TokenStats:
             policy = policy._replace(
                 hidden=torch.cat([policy.hidden, ref_hidden]), target=policy.target.repeat(1 + bool(len(ref_hidden)))
             )
-        logp, _, _, entropy = sweep(policy)
-        stats[0, rest], stats[3, rest] = logp[: len(rest)], entropy[: len(rest)]
+        swept = sweep(policy)
+        stats[:, rest] = swept[:, : len(rest)]
         if x.ref_weight is not None:
-            logp = sweep(policy._replace(hidden=ref_hidden, weight=x.ref_weight))[0]
+            swept = sweep(policy._replace(hidden=ref_hidden, weight=x.ref_weight))
         if x.ref_hidden is not None:
-            stats[1, rest] = logp[-len(rest) :]
-    logp, ref_logp, kl, entropy = stats
-    return TokenStats(logp, None if x.ref_hidden is None else ref_logp, None if x.kl_rows is None else kl, entropy)
+            logp, *_, top, log_sum, _, _ = swept[:, -len(rest) :]
+            stats[1, rest], stats[2, rest], stats[7, rest], stats[8, rest] = logp, torch.zeros_like(logp), top, log_sum
+    logp, ref_logp, kl, entropy, _, top, log_sum, *of_reference = stats
+    if x.ref_hidden is None:
+        return chunked.Forward(TokenStats(logp, entropy=entropy), None, chunked.Normalisers(top, log_sum, None, None))
+    joined = TokenStats(logp, ref_logp, None if x.kl_rows is None else kl, entropy)
+    return chunked.Forward(joined, None, chunked.Normalisers(top, log_sum, *of_reference))
 
 
 def _rows(x: Inputs, at: Tensor) -> Inputs:
@@ -199,7 +216,7 @@ def _rows(x: Inputs, at: Tensor) -> Inputs:
 
 
 def registers(x: Inputs, stats: Tensor, tma: bool, processors: int) -> tuple[Launch, Launch]:
-    """`kernel.head` and `kernel.merge`, which fill stats [4, N]."""
+    """`kernel.head` and `kernel.merge`, which fill stats [9, N]."""
     from triton import cdiv
     from triton.tools.tensor_descriptor import TensorDescriptor
 
