@@ -65,9 +65,9 @@ def name(case: Case) -> str:
 @pytest.mark.parametrize("case", GPU if CUDA else CPU, ids=name)
 def bench_head(case, benchmark, results):
     small = case._replace(positions=min(case.positions, 512), share=min(case.share, 0.25)) if CUDA else case
-    exact, checked = _exact(small), _variants(small)
-    big = checked if small == case else _variants(case)
-    labelled = int((_batch(case).target != IGNORED).sum())
+    exact, checked = _exact(small), variants(small)
+    big = checked if small == case else variants(case)
+    labelled = int((batch(case).target != IGNORED).sum())
     hidden, weight = (torch.randn(n, case.H, device=DEVICE, dtype=case.dtype) for n in (labelled, case.V))
     harness.compare(
         benchmark,
@@ -92,7 +92,7 @@ def bench_head(case, benchmark, results):
     )
 
 
-def _batch(case: Case) -> Tokens:
+def batch(case: Case) -> Tokens:
     """All positions. Answers are contiguous, of different lengths, and begin together, as in a padded batch."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -187,7 +187,7 @@ LOSSES: dict[str, Loss] = {"dpo": dpo, "rrpo": rrpo, "perpo": perpo, "grpo": grp
 
 
 def _exact(case: Case) -> Outputs:
-    x = _compact(_batch(case))
+    x = _compact(batch(case))
     x = x._replace(
         **{
             key: value.double()
@@ -198,9 +198,9 @@ def _exact(case: Case) -> Outputs:
     return _step(case, _leaf(case, x), lambda x: LOSSES[case.loss](peers.eager(x, case.loss), x))
 
 
-def _variants(case: Case) -> dict[str, Variant | str]:
+def variants(case: Case) -> dict[str, Variant | str]:
     """By name, "raw" and "compact" of each provider; a peer that does not run is there once, with the reason."""
-    raw = _batch(case)
+    raw = batch(case)
     compact = _leaf(case, _compact(raw))
     raw = _leaf(case, raw)
     at = (raw.target != IGNORED).nonzero()[:, 0]
