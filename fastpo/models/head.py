@@ -1,5 +1,6 @@
 """The language-model head as a module that returns per-token statistics instead of logits."""
 
+import torch
 from torch import Tensor, nn
 
 from fastpo_kernels import TokenStats, token_stats
@@ -41,3 +42,18 @@ class StatsHead(nn.Module):
             backend=self.backend,
             temperature=self.temperature,
         )
+
+
+class ValueHead(nn.Linear):
+    """[n, H] -> [n] fp32, zero at first (wangclnlp/Vision-LLM-Alignment: v_head without a bias).
+
+    In the model's dtype: ZeRO-3 takes one for all that it shards, and keeps fp32 master weights of its own. But not in
+    its arithmetic: bf16 would round rewards to 8 bits, and 12.00 and 12.05 to one.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype):
+        super().__init__(size, 1, bias=False, dtype=dtype)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.float() @ self.weight[0].float()

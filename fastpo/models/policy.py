@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.models import Family, feature_cache
-from fastpo.models.head import StatsHead
+from fastpo.models.head import StatsHead, ValueHead
 from fastpo.models.trainable import part_of
 from fastpo.models.vision import chunk_frames
 from fastpo.sample import MicroBatch
@@ -103,7 +103,7 @@ class Policy(nn.Module):
     def _valued(self, stats: TokenStats, rows: Tensor, batch: MicroBatch) -> "Valued":
         assert self.value_head is not None
         places = torch.cat([batch.at, batch.last])  # one call of the head, whatever is asked for: ZeRO-3 gathers once
-        value, reward = self.value_head(rows[places])[:, 0].float().split([len(batch.at), len(batch.last)])
+        value, reward = self.value_head(rows[places]).split([len(batch.at), len(batch.last)])
         return Valued(stats, value, reward)
 
     def _features(self, model: Any, batch: MicroBatch) -> Any:
@@ -136,12 +136,6 @@ class Policy(nn.Module):
             return self._hidden(self.core, batch, features)
 
 
-def _value_head(model: Any) -> nn.Linear:
-    """[H] -> 1, zero at first (wangclnlp/Vision-LLM-Alignment: v_head without a bias).
-
-    In the model's dtype: ZeRO-3 takes one for all that it shards, and keeps fp32 master weights of its own.
-    """
+def _value_head(model: Any) -> ValueHead:
     words = model.get_output_embeddings()
-    head = nn.Linear(words.in_features, 1, bias=False, dtype=words.weight.dtype)
-    nn.init.zeros_(head.weight)
-    return head
+    return ValueHead(words.in_features, words.weight.dtype)
