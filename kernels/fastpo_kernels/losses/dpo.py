@@ -87,7 +87,7 @@ def dpo(
         detach_kl=not released,
     )
     if sft_weight:
-        tokens = (seg.tokens[i].sum() / max(1, len(i))).clamp(min=1) if released else count[i]
+        tokens = (seg.tokens[i].sum().to(logp.dtype) / max(1, len(i))).clamp(min=1) if released else count[i]
         losses = losses - sft_weight * seg.sum(logp)[i] / tokens
     return LossOut(losses=losses, unit="pair", metrics=rewards(beta * value[i], beta * value[j]))
 
