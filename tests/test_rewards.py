@@ -124,6 +124,15 @@ def test_every_answer_has_a_finite_reward(text):
         assert 0 <= REWARDS[name](thought(text), truth[name]) <= 2
 
 
+def test_released_rewards_are_finite_for_numbers_that_are_none():
+    long = thought(f"(100,200),(300,{'9' * 320})")  # int / 1000 overflows; of 5000 digits not even int is made
+    for answer in (long, long.replace("9" * 320, "9" * 5000)):
+        assert REWARDS["grounding"](answer, thought("(100,200),(300,400)"), variant="released") == 0.0
+    nan = thought('[{"Position": [100, 200, 300, 400], "Confidence": NaN}]')
+    found = [REWARDS[name](nan, nan, variant="released") for name in ("detection_iou", "detection_confidence")]
+    assert found == [1.0, 0.0]
+
+
 def test_terms_and_their_weighted_sum():
     plugins = [
         Plugin.model_validate({"name": "classification", "weight": 2, "variant": "released"}),

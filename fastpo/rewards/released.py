@@ -5,6 +5,7 @@ Each function takes the completion and the row's solution, both as texts, and sc
 """
 
 import json
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -56,6 +57,8 @@ def detection(answer: str, truth: str, *, no_objects: bool) -> tuple[float, floa
             scores = (min(iou, 1.0), min(max(confidence, 0.0), 1.0))
     except Exception:  # the blanket except of grpo.py:263, which also skips the rule below
         return 0.0, 0.0
+    if math.isnan(scores[1]):  # of "Confidence": NaN; the original passes NaN on to the advantages of the whole group
+        scores = (scores[0], 0.0)
     return (1.0, 1.0) if no_objects and "No Object" in given and "No Object" in truth else scores
 
 
@@ -72,7 +75,10 @@ def grounding(answer: str, truth: str) -> float:
         return 2.0
     corners = []
     for text in (expected, given):
-        boxes = [[int(v) / 1000 for v in match] for match in _CORNERS.findall(text)]
+        try:
+            boxes = [[int(v) / 1000 for v in match] for match in _CORNERS.findall(text)]
+        except (OverflowError, ValueError):  # of hundreds of digits
+            return 0.0
         corners.append([box[:2] for box in boxes] + [box[2:] for box in boxes])
     if not all(corners):
         return 0.0
