@@ -15,7 +15,9 @@ from fastpo_kernels import Segments, Tree
 
 
 class BadSample(ValueError):
-    """A row that cannot be trained on. The message names the file, the row and the key."""
+    """A row that cannot be trained on. The message names the file, the row and the key. row: "file:row" once known."""
+
+    row: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

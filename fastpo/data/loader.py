@@ -84,9 +84,12 @@ class Feed:
                         f"{row.key}: {tokens.patches} patches, more than batch.patches: {self.batch.patches}"
                     )
             except BadSample as error:
+                key = row.row if isinstance(row, BadSample) else row.key
+                named = isinstance(row, BadSample) or str(error).startswith(key)
+                reason = str(error) if named else f"{key}: {error}"  # a broken file tells its own name alone
                 if self.data.on_bad_sample == "error":
-                    raise
-                skipped.append((getattr(row, "key", paths), str(error)))
+                    raise BadSample(reason) from error
+                skipped.append((key, reason))
                 continue
             samples.append(sample)
             encoded.append(tokens)

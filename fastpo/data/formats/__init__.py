@@ -40,8 +40,10 @@ def samples(source: Source, media_root: Path) -> list[Sample | BadSample]:
     convert = resolve(DATASETS, source, key="data")
     found = []
     for number, row in enumerate(rows(source.path)):
+        where = f"{source.path}:{number}"
         try:
-            found.append(convert(row, f"{source.path}:{number}", media_root))
+            found.append(convert(row, where, media_root))
         except BadSample as error:
+            error.row = where
             found.append(error)
     return found
