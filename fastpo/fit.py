@@ -157,6 +157,7 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
     else:
         encode, pixels = (partial(bounded, call, encode, sampling, run.data.video_tokens) for call in (encode, pixels))
     if run.data.cache is not None:
+        cache.ready(run.data.cache)
         pixels = partial(cache.pixels, pixels, run.data.cache, cache_bytes(run), picture_facts(run))
     return Feed(
         data=run.data,

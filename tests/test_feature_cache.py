@@ -140,7 +140,7 @@ def tiny_rows(folder: Path):
     """A row as usual, and the same row with a file for each sample's features."""
     draw = torch.Generator().manual_seed(0)
     made = [tiny.sample(str(i), draw, before=2, after=2, frames=i + 1, responses=[3, 4]) for i in range(3)]
-    kept = [replace(e, file=folder / f"{e.key}.safetensors") for e in made]
+    kept = [replace(e, file=folder / f"{int(e.key):032x}.safetensors") for e in made]
     return pack(made, None), pack(kept, None)
 
 
@@ -200,7 +200,7 @@ def test_the_folder_stays_below_its_limit(tmp_path):
     found = feature_cache.of_row(ones, row, 10_000)
     assert len(found) == 20 * 6
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 10_000
-    assert (tmp_path / "1.safetensors").exists() and not (tmp_path / "2.safetensors").exists()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{1:032x}.safetensors"]
 
 
 def test_features_that_are_not_finite_are_not_kept(tmp_path):

@@ -6,6 +6,7 @@ A file is written beside its place and renamed, so that a killed writer leaves n
 import hashlib
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,17 @@ from fastpo.sample import Media, Sample
 logger = logging.getLogger(__name__)
 
 SPARE = 0.1  # of the limit that one clearing frees, so that not every write has to clear
+OWN = re.compile(r"[0-9a-f]{32}\.(safetensors|tmp)")  # names of the files made here: a user may keep others beside them
+
+
+def ready(folder: Path) -> None:
+    """Makes the folder. Raises ValueError where nothing can be kept in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache: {folder} cannot be a folder: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"data.cache: {folder} cannot be written to")
 
 
 def key(media: Sequence[Media], facts: str) -> str:
@@ -86,9 +98,12 @@ def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def clear(folder: Path, limit: int) -> None:
-    """Deletes what was used longest ago, also what killed writers left, until the folder is below its limit."""
+    """Deletes what was used longest ago, also what killed writers left, until the cache is below its limit.
+
+    Files of other names are neither counted nor touched.
+    """
     files = []
-    for entry in os.scandir(folder):
+    for entry in (entry for entry in os.scandir(folder) if OWN.fullmatch(entry.name)):
         with suppress(FileNotFoundError):  # another worker clears too
             stat = entry.stat()
             files.append((stat.st_mtime_ns, stat.st_size, entry.path))

@@ -63,7 +63,7 @@ def test_what_was_used_longest_ago_goes_first(counted):
     """3,000 bytes and a header each, of 10,000 bytes in all."""
     file, pixels, made = counted
     (file.parent / "cache").mkdir()
-    left = file.parent / "cache" / "killed.tmp"
+    left = file.parent / "cache" / f"{0:032x}.tmp"
     left.write_bytes(bytes(500))
     os.utime(left, ns=(0, 0))
     for i, name in enumerate("abcad"):
@@ -76,6 +76,26 @@ def test_what_was_used_longest_ago_goes_first(counted):
         pixels(name, sample(file))
         assert (len(made) == before) == there, name
     assert sum(f.stat().st_size for f in (file.parent / "cache").iterdir()) <= 10_000
+
+
+def test_files_of_others_in_the_folder_stay(counted):
+    file, pixels, _ = counted
+    folder = file.parent / "cache"
+    (folder / "nested").mkdir(parents=True)
+    others = [folder / name for name in ("clip.mp4", "model.safetensors", "x.tmp")]
+    for other in others:
+        other.write_bytes(bytes(20_000))
+        os.utime(other, ns=(0, 0))
+    for name in "abcde":
+        pixels(name, sample(file))
+    assert all(other.exists() for other in others)
+    assert len([f for f in folder.iterdir() if f not in others]) <= 4  # nested, and 3,000 bytes each of 10,000
+
+
+def test_a_folder_that_is_a_file_is_refused(demo, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(ValueError, match=r"data.cache: .*cache cannot be a folder"):
+        make_feed(load(RECIPE, options(demo, tmp_path / "out", f"data.cache={tmp_path / 'cache'}")), 0, 1)
 
 
 def test_samples_without_media_and_missing_files_are_left_to_the_decoder(counted):
