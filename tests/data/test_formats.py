@@ -232,6 +232,17 @@ def test_rows_come_in_order_with_their_own_types(tmp_path, root, kind):
         assert f"{path}, row {n}, key " in str(found[n]) and reason in str(found[n])
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl", "address"])
+def test_a_text_that_looks_like_json_stays_a_text(tmp_path, kind):
+    """datasets would read "5" as a number where another row has a list or a number for the same key."""
+    texts = ["5", "[1, 2]", "null", "true", '{"a": 1}', "1e3", "5.0"]
+    mixed = [{"truth": text, "said": [{"value": text}]} for text in texts]
+    mixed += [{"truth": 5, "said": [{"value": texts}]}, {"truth": texts}]
+    path = tmp_path / ("train.jsonl" if kind == "jsonl" else "train.json")
+    path.write_text("\n".join(map(json.dumps, mixed)) if kind == "jsonl" else json.dumps(mixed), encoding="utf-8-sig")
+    assert formats.rows(f"file://{path}" if kind == "address" else str(path)) == mixed
+
+
 def test_a_late_row_keeps_its_types(tmp_path, root):
     """datasets reads jsonl in chunks of 10 MB and would force the types of the first on the last row."""
     path = tmp_path / "long.jsonl"
@@ -272,9 +283,9 @@ def test_a_new_file_with_an_old_name_and_time(tmp_path, root):
     ("name", "content", "reason"),
     [
         ("train.json", b'[{"question": "a"},\n {"question": "b"', "line 2: not valid JSON"),
-        ("train.json", b'[{"question": "a"}, 3]', "train.json: "),
+        ("train.json", b'[{"question": "a"}, 3]', "train.json: row 1: expected keys and values, got 3"),
         ("train.jsonl", b'{"question": "a"}\n\n{"question": "b"\n{"question": "c"}', "line 3: not valid JSON"),
-        ("train.json", b"", "train.json: "),
+        ("train.json", b"", "train.json: no rows"),
         ("train.json", '[{"question": "é"}]'.encode("latin1"), "train.json: "),
         ("train.parquet", b"PAR1 no", "train.parquet: "),
     ],

@@ -3,55 +3,60 @@
 import glob
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import load_dataset
 
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
 
 def rows(path: str) -> list[Any]:
     """Rows of a json, jsonl or parquet file, here or at an address (hf://datasets/org/name/file.json).
 
     Any other path is a data set of the hub, "org/name" or "org/name:split". A key that a row lacks may come as None.
+    Raises ValueError, naming the file and the line or row where there is one, for what cannot be read.
     """
-    reader, remote = READERS.get(Path(path).suffix), "://" in path
-    if reader and not remote and not os.path.isfile(path):
+    suffix, remote = Path(path).suffix, "://" in path
+    if suffix in (".json", ".jsonl", ".parquet") and not remote and not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
-        if reader is None:
-            name, _, split = path.partition(":")
-            return list(load_dataset(name, split=split or "train"))
-        if remote:
-            return list(load_dataset(reader, data_files=path, split="train"))
-        return _local_rows(path, reader)
+        if suffix in (".json", ".jsonl"):
+            return _json_rows(path)
+        if suffix == ".parquet":
+            return _loaded("parquet", path if remote else glob.escape(path))
+        name, _, split = path.partition(":")
+        return list(load_dataset(name, split=split or "train"))
     except Exception as error:  # datasets lets through whatever its readers raise
-        reason = _json_error(path) if reader == "json" else None
-        raise ValueError(f"{path}: {reason or error.__cause__ or error or 'no rows'}") from error
+        raise ValueError(f"{path}: {error.__cause__ or error or 'no rows'}") from error
 
 
-def _local_rows(path: str, reader: str) -> list[Any]:
-    """The folder for datasets' cache is new each time, since the usual one tells a file's versions apart by their time.
-
-    One chunk, since datasets 5.2 forces the types of the first 10 MB on the rest: a late ["a.mp4"] became '["a.mp4"]'.
+def _json_rows(path: str) -> list[Any]:
+    """By the standard library: datasets 5.2 makes one type of a key's values in all rows, so that "5" beside ["5"]
+    became the number 5, and a late ["a.mp4"] became '["a.mp4"]'.
     """
-    options: dict[str, Any] = {"chunksize": max(os.path.getsize(path), 1)} if reader == "json" else {}
-    with TemporaryDirectory() as cache:
-        return list(load_dataset(reader, data_files=glob.escape(path), split="train", cache_dir=cache, **options))
-
-
-def _json_error(path: str) -> str | None:
-    """What the standard library finds wrong with a file, with its line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+    text = _loaded("text", path, sample_by="document")[0]["text"] if "://" in path else Path(path).read_text("utf-8")
+    text = text.removeprefix("\ufeff")
     whole = text.lstrip().startswith("[")
+    found: list[Any] = []
     for number, line in enumerate([text] if whole else text.split("\n")):
-        try:
-            json.loads(line.strip() or "0")
-        except json.JSONDecodeError as error:
-            return f"line {number + error.lineno}: not valid JSON: {error.msg}"
-    return None
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number + error.lineno}: not valid JSON: {error.msg}") from None
+    found = found[0] if whole else found
+    if not found:
+        raise ValueError("no rows")
+    for number, row in enumerate(found):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {number}: expected keys and values, got {row!r:.80}")
+    return found
+
+
+def _loaded(reader: str, path: str, **options: Any) -> list[Any]:
+    """The folder for datasets' cache is new each time, since the usual one tells a file's versions apart by their
+    time.
+    """
+    with TemporaryDirectory() as cache:
+        return list(load_dataset(reader, data_files=path, split="train", cache_dir=cache, **options))
