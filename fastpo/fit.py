@@ -173,9 +173,13 @@ def make_feed(run: Run, rank: int, ranks: int) -> Feed:
 
 
 def picture_facts(run: Run) -> str:
-    """What the pixels of a sample depend on beside its media: program, family, sampling, the folder's settings."""
+    """What the pixels of a sample depend on beside its media: program, family, sampling, the folder's settings.
+
+    Under data.video_tokens also what says how many tokens a frame takes, and so how many frames there are.
+    """
     settings = [file.read_text() for file in sorted(Path(run.model.path).glob("*config.json"))]
-    sampling = (run.data.frames, run.data.fps, run.data.video_tokens, run.model.max_pixels)
+    tokens = (run.data.video_tokens, run.model.pooling, run.model.time_instruction)
+    sampling = (run.data.frames, run.data.fps, run.model.max_pixels, *tokens)
     return repr((fastpo.__version__, run.model.family, sampling, settings))
 
 
@@ -190,7 +194,7 @@ def feature_look(run: Run, engine: Engine) -> Callable[[Encoded, Sequence[Media]
     assert run.data.cache is not None
     weights = feature_cache.fingerprint(policy.core, policy.family.parts, engine.gathered)
     programs = (version("torch"), version("transformers"), engine.device.type)
-    facts = repr((picture_facts(run), run.model.pooling, run.model.dtype, programs, weights))
+    facts = repr((picture_facts(run), run.model.dtype, programs, weights))
     return partial(feature_cache.look, run.data.cache, facts)
 
 

@@ -250,7 +250,8 @@ def test_what_features_depend_on(demo, tmp_path):
     assert look("engine.zero=0", "model.lora.r=8", "batch.tokens=900", "optim.lr=1e-3") == names[0]
     with pytest.raises(ValueError, match=r"would change with model.lora.target"):
         look("engine.zero=0", "model.lora.target=.*vision_tower.*fc1", "reference.mode=none")
-    assert picture_facts(settings("model.max_pixels=9000")) != picture_facts(settings())
+    pictures = [[], ["model.max_pixels=9000"], ["model.time_instruction=true"], ["model.pooling=average"]]
+    assert len({picture_facts(settings(*more)) for more in pictures}) == len(pictures)
 
 
 def test_refused_where_nothing_can_be_kept(demo, tmp_path):
