@@ -118,9 +118,16 @@ def responses(chat: Chat, sample: Sample) -> Responses:
     )
 
 
-def encoded(chat: Chat, sample: Sample, prompt: Tensor, **visual: Any) -> Encoded:
-    """The sample with its prompt, media tokens expanded, and what the family says of its media. Raises BadSample."""
+def encoded(chat: Chat, sample: Sample, prompt: Tensor, media: Iterable[int], **visual: Any) -> Encoded:
+    """The sample with its prompt, media tokens expanded, and what the family says of its media.
+
+    media: ids of the media tokens. Raises BadSample, also where a response holds one: there are no pixels for it.
+    """
     answers = responses(chat, sample)
+    for n, ids in enumerate(answers.responses):
+        if found := {*ids.tolist()}.intersection(media):
+            token = chat.tokenizer.convert_ids_to_tokens(min(found))
+            raise BadSample(f"{sample.key}: response {n} holds {token}, which stands for pixels")
     return Encoded(
         key=sample.key,
         prompt=prompt,

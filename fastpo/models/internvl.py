@@ -84,6 +84,7 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
         p.chat,
         sample,
         chat.expand(ids, {p.image_token_id: [n * p.tokens_per_tile for n in tiles]}, sample.key),
+        media=[p.image_token_id],
         patches=sum(tiles) * p.patches**2,
     )
 

@@ -116,6 +116,7 @@ def expanded(
         p.chat,
         sample,
         chat.expand(chat.prompt_ids(p.chat, question, sample), counts, sample.key),
+        media=counts,
         patches=patches,
         grid=torch.tensor(grid) if grid else None,
     )

@@ -91,6 +91,7 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
         p.chat,
         sample,
         chat.expand(ids, {p.video_token_id: [n * p.tokens_per_frame for n in frames]}, sample.key),
+        media=[p.video_token_id],
         patches=sum(frames) * p.patches**2,
     )
 

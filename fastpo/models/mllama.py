@@ -103,6 +103,7 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
         p.chat,
         sample,
         chat.expand(ids, {p.image_token_id: [1] * len(grid)}, sample.key),
+        media=[p.image_token_id],
         patches=len(grid) * p.patches,
         grid=torch.tensor(grid) if grid else None,
     )

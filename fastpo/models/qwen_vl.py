@@ -137,6 +137,7 @@ def encode(p: Processor, sample: Sample, sampling: Sampling) -> Encoded:
         p.chat,
         sample,
         prompt,
+        media=counts,
         positions=positions(p, prompt, sample.media, shapes, sampling) if shapes else None,
         patches=sum(map(math.prod, shapes)),
         grid=torch.tensor(shapes) if shapes else None,

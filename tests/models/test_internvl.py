@@ -121,6 +121,8 @@ def test_reference_without_adapters(setup):
 def test_what_does_not_fit_is_refused(setup, tmp_path):
     with pytest.raises(BadSample, match="1 media placeholders for 0 media items"):
         internvl.encode(setup.processor, parity.sample("a:1", "<IMG_CONTEXT>?", [], "A"), parity.SAMPLING)
+    with pytest.raises(BadSample, match="a:1: response 0 holds <IMG_CONTEXT>, which stands for pixels"):
+        internvl.encode(setup.processor, parity.sample("a:1", "?", [], "<IMG_CONTEXT>"), parity.SAMPLING)
     for file in setup.path.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "preprocessor_config.json").unlink()

@@ -169,6 +169,8 @@ def test_what_cannot_be_done_is_refused(setup, tmp_path):
     with pytest.raises(BadSample, match="a:1: family mllama takes images, not videos"):
         video = parity.video(tmp_path, 64, 48, frames=2)
         mllama.encode(p, parity.sample("a:1", "<video>", [video], "A"), parity.SAMPLING)
+    with pytest.raises(BadSample, match=r"a:1: response 0 holds <\|image\|>, which stands for pixels"):
+        mllama.encode(p, parity.sample("a:1", "?", [], "<|image|>"), parity.SAMPLING)
     for file in setup.path.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "preprocessor_config.json").unlink()

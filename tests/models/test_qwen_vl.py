@@ -194,4 +194,7 @@ def test_what_cannot_be_encoded_is_refused(setup, tmp_path):
     ]:
         with pytest.raises(BadSample, match=reason):
             setup.family.encode(setup.processor, parity.sample("a:1", question, media_of, "A"), parity.SAMPLING)
+    said = parity.sample("a:1", "What?", [], "Nothing", "A <|video_pad|>")
+    with pytest.raises(BadSample, match=r"a:1: response 1 holds <\|video_pad\|>, which stands for pixels"):
+        setup.family.encode(setup.processor, said, parity.SAMPLING)
     assert setup.family.blank(setup.processor).grid.tolist() == [[1, 2, 2]]
