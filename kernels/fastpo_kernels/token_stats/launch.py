@@ -30,7 +30,7 @@ class Config(NamedTuple):
 HEAD = {
     (True, "none"): Config(128, 256, 8, 3),
     (True, "shared"): Config(64, 128, 8, 4),
-    (True, "own"): Config(64, 128, 8, 4),
+    (True, "own"): Config(64, 128, 8, 3),
     (False, "none"): Config(128, 128, 8, 3),
     (False, "shared"): Config(64, 64, 8, 3),
     (False, "own"): Config(64, 64, 8, 3),

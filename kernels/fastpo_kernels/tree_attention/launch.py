@@ -32,7 +32,7 @@ class Configs(NamedTuple):
 # reports, none of it timed: no spilled bytes, tensor cores, and on sm_80 up to D = 128 at most the 99 KiB of shared
 # memory of sm_86 and sm_89.
 HALF = {
-    (80, 64): Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(32, 128, 8, 3)),
+    (80, 64): Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(32, 128, 8, 3)),
     (80, 128): Configs(Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
     (80, 256): Configs(Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
     (90, 64): Configs(Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3)),
