@@ -63,7 +63,7 @@ def _answered(
     if sample.turns:
         raise BadSample(f"{sample.key}: has several turns, which a row of answers cannot hold")
     found = answers.texts(opened, prompt, cfg, count=count, seed=run.seed)
-    left_out = {*MEDIA_KEYS, "image_path", "iou_scores"}
+    left_out = {*MEDIA_KEYS, "iou_scores"}
     return {
         **{key: value for key, value in given.items() if value is not None and key not in left_out},
         "key": sample.key,

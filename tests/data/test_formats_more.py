@@ -242,6 +242,9 @@ def test_a_rollout_row(root):
     assert sample.question == "<video>\nHow many?" and sample.truth == {"count": 3} and sample.responses == ()
     assert formats.rollout({"q": "How?", "a": 0}, "f:0", root, prompt="q", truth="a").truth == 0
     assert formats.rollout({"prompt": "How?"}, "f:0", root, truth="").truth is None
+    perpo = {"image_path": "d.png", "question": "Where?", "answer": "[0, 0, 1, 1]"}  # before candidates are sampled
+    sample = formats.rollout(perpo, "f:0", root, prompt="question", truth="answer")
+    assert sample.media == (picture(root),) and sample.question == "<image>\nWhere?"
 
 
 def nested(name: str, key: str, **changes) -> dict:

@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 VIDEO = frozenset(".mp4 .m4v .mov .avi .mkv .webm .gif .mpg .mpeg .wmv .flv .ts .3gp".split())
 IMAGE = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
 PLACEHOLDER = re.compile("<image>|<video>")
-MEDIA_KEYS = ("media_path", "video", "videos", "image", "images")
+MEDIA_KEYS = ("media_path", "video", "videos", "image", "images", "image_path")
 
 
 def bad(where: str, key: str, reason: str) -> BadSample:
@@ -122,9 +122,9 @@ def _part(part: Any, where: str, key: str) -> str:
     raise bad(where, key, f"expected a text, image or video part, got {part!r:.80}")
 
 
-def media_list(row: Row, where: str, media_root: Path, *also: str) -> tuple[Media, ...]:
-    """The items of the one media key that the row has, a path or a list; also: further keys to look at."""
-    given = [key for key in (*MEDIA_KEYS, *also) if row.get(key)]
+def media_list(row: Row, where: str, media_root: Path) -> tuple[Media, ...]:
+    """The items of the one media key that the row has, a path or a list."""
+    given = [key for key in MEDIA_KEYS if row.get(key)]
     if len(given) > 1:
         raise bad(where, given[1], f"{given[0]} is given too; give one of them, with all paths in order")
     if not given:

@@ -118,7 +118,7 @@ def perpo(
     that are not finite. Facts: ningerhhh/PerPO e39a24a, train_perpo_lora.py:307-350, whose loop reads the scores of row
     best_of_n - 1 for every row; here each row has its own.
     """
-    media = fields.media_list(row, where, media_root, "image_path")
+    media = fields.media_list(row, where, media_root)
     question = fields.question(fields.text(row, where, "question"), media, where, "question")
     given = row.get("answers_gen")
     if isinstance(given, list):
