@@ -13,18 +13,19 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AddedToken, AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
 
 from fastpo.models import layout
-from fastpo.models.files import copy_side_files
+from fastpo.models.files import copy_side_files, read_json
 
 RECORD = "llava_original"  # in the converted config.json: the original configuration and the tokens that were added
 PEFT = "base_model.model."
@@ -96,7 +97,7 @@ def convert(
 
 def _to_hf(source: Path, vision_tower: Path | None, shard_bytes: int) -> Callable[[Path], None]:
     """Checks everything that can be checked without writing; the function it returns writes."""
-    original = json.loads((source / "config.json").read_text())
+    original = read_json(source / "config.json")
     if "mm_vision_tower" not in original:
         raise ValueError(f"{source}: no mm_vision_tower in config.json; it is not in the original layout")
     config: Any = layout.hf_config(original, source / "config.json", vision_tower)
@@ -129,13 +130,13 @@ def _to_hf(source: Path, vision_tower: Path | None, shard_bytes: int) -> Callabl
 
 
 def _to_original(source: Path, like: Path | None, shard_bytes: int) -> Callable[[Path], None]:
-    stored = json.loads((source / "config.json").read_text())
+    stored = read_json(source / "config.json")
     if stored.get("model_type") not in layout.PLACEHOLDERS or "mm_vision_tower" in stored:
         raise ValueError(f"{source}: not one of transformers' {', '.join(layout.PLACEHOLDERS)} folders")
     config: Any = AutoConfig.from_pretrained(source)
     record = stored.get(RECORD, {"added_tokens": []})
     if like is not None:
-        record = {**record, "config": json.loads((like / "config.json").read_text())}
+        record = {**record, "config": read_json(like / "config.json")}
     if "config" not in record:
         raise ValueError(f"{source}: was not converted here; name a folder with the original config.json with --like")
     pieces = {layout.spelled(key): piece for key, piece in listed(source).items()}
@@ -149,7 +150,7 @@ def _to_original(source: Path, like: Path | None, shard_bytes: int) -> Callable[
 
     def write(folder: Path) -> None:
         copy_side_files(source, folder)
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer = read_json(folder / "tokenizer.json")
         kept = [token for token in tokenizer["added_tokens"] if token["content"] not in record["added_tokens"]]
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": kept}, ensure_ascii=False))
         (folder / "config.json").write_text(json.dumps(record["config"], indent=2))
@@ -164,7 +165,7 @@ def _adapter(source: Path, to: str) -> Callable[[Path], None]:
 
     target_modules become the full names of the adapted modules: a name such as q_proj would fit the tower's too.
     """
-    config = json.loads((source / "adapter_config.json").read_text())
+    config = read_json(source / "adapter_config.json")
     for key in ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise ValueError(f"{source / 'adapter_config.json'}: {key} is set, which is not converted")
@@ -211,7 +212,10 @@ def listed(folder: Path, stem: str | None = None) -> dict[str, Piece]:
         "model.safetensors.index.json" if files[0].suffix == ".safetensors" else "pytorch_model.bin.index.json"
     )
     if stem is None and index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index}: no weight_map")
+        files = [folder / name for name in sorted(set(names.values()))]
     pieces: dict[str, Piece] = {}
     for file in files:
         found = _inside(file)
@@ -227,12 +231,20 @@ def _inside(file: Path) -> dict[str, Piece]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
                 slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-                return {
-                    key: Piece(file, key, tuple(s.get_shape()), _DTYPES[s.get_dtype()]) for key, s in slices.items()
-                }
-        return {key: Piece(file, key, tuple(t.shape), t.dtype) for key, t in _unpickled(file).items()}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from None
+                facts = {key: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for key, s in slices.items()}
+        else:
+            stored: Any = _unpickled(file)
+            facts = {key: (tuple(t.shape), t.dtype) for key, t in stored.items()}
+    except Exception as error:  # torch.load and safetensors let through whatever a broken file leads to
+        raise ValueError(f"{file}: cannot be read as weights: {type(error).__name__} {error}") from error
+    return {key: Piece(file, key, shape, _floating(file, key, dtype)) for key, (shape, dtype) in facts.items()}
+
+
+def _floating(file: Path, key: str, dtype: torch.dtype | None) -> torch.dtype:
+    """Quantised weights come with scales that transformers' modules do not have."""
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"{file}: {key} is quantised, only weights of {', '.join(_DTYPES)} are converted")
+    return dtype
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -327,9 +339,14 @@ def _refuse(source: Path, problems: dict[str, list[str]], hint: str = "") -> Non
 
 def _save_tokenizer(source: Path, folder: Path, tokens: tuple[str, ...], template: str) -> tuple[list[int], list[str]]:
     """The source's tokenizer with these tokens and template. Returns their ids and which of them are new."""
+    if not (source / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise ValueError(f"{source}: has no tokenizer.json; to read a tokenizer.model, pip install 'fastpo[convert]'")
     with tempfile.TemporaryDirectory() as aside:  # without config.json, whose model_type transformers would misread
         copy_side_files(source, Path(aside))
-        tokenizer = AutoTokenizer.from_pretrained(aside)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(aside)
+        except Exception as error:  # tokenizers and sentencepiece let through whatever a broken file leads to
+            raise ValueError(f"{source}: its tokenizer cannot be read: {error}") from error
     added = [token for token in tokens if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added], special_tokens=True)
     tokenizer.chat_template = template
@@ -341,7 +358,7 @@ def _copy_token_ids(source: Path, folder: Path) -> None:
     """The token ids of generation_config.json; its sampling values may be ones that save_pretrained refuses."""
     file = source / "generation_config.json"
     if file.is_file():
-        kept = {key: value for key, value in json.loads(file.read_text()).items() if key.endswith("_token_id")}
+        kept = {key: value for key, value in read_json(file).items() if key.endswith("_token_id")}
         (folder / file.name).write_text(json.dumps(kept, indent=2))
 
 

@@ -218,12 +218,49 @@ def test_wrong_folders_are_refused_and_a_failure_leaves_nothing(tmp_path, capsys
     source = write(tmp_path / "second", onevision(), files=2)
     (source / "tokenizer.json").unlink()
     (source / "tokenizer_config.json").unlink()
-    with pytest.raises(Exception, match="."):  # transformers' own words, once writing has begun
+    with pytest.raises(ValueError, match="second: has no tokenizer.json|second: its tokenizer cannot be read"):
         convert.convert(source, out, vision_tower=tmp_path / "tower")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "second", "tower"]
     with pytest.raises(SystemExit) as left:
         convert.main([str(source), str(source)])
     assert left.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def nested(file: Path) -> None:
+    torch.save({"state_dict": torch.load(file, weights_only=True)}, file)
+
+
+def quantised(file: Path) -> None:
+    save_file(load_file(file) | {"model.layers.0.mlp.up_proj.weight.absmax": torch.zeros(3, dtype=torch.uint8)}, file)
+
+
+BROKEN = {
+    "text for pickled weights": ("pytorch_model-0.bin", lambda f: f.write_bytes(b"hello" * 20)),
+    "no bytes": ("pytorch_model-0.bin", lambda f: f.write_bytes(b"")),
+    "weights one level down": ("pytorch_model-0.bin", nested),
+    "a lost shard": ("pytorch_model-0.bin", Path.unlink),
+    "quantised weights": ("model-0.safetensors", quantised),
+    "an index of nothing": ("model.safetensors.index.json", lambda f: f.write_text("{}")),
+    "an index that is cut": ("model.safetensors.index.json", lambda f: f.write_text("{")),
+    "a configuration that is cut": ("config.json", lambda f: f.write_text('{"mm_vision_tower":')),
+    "a list of resolutions that is none": (
+        "config.json",
+        lambda f: f.write_text(f.read_text().replace("(1x1),...,(3x2)", "all")),
+    ),
+    "a tokenizer that is cut": ("tokenizer.json", lambda f: f.write_text("{")),
+    "a tower without a configuration": ("../tower/config.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_refused_by_name(tmp_path, case):
+    name, damage = BROKEN[case]
+    source = write(tmp_path / "original", onevision(), pickled=name.endswith(".bin"))
+    damage(source / name)
+    wanted = "original: its tokenizer" if "tokenizer" in case else Path(name).name
+    with pytest.raises(ValueError, match=wanted):
+        convert.convert(source, tmp_path / "hf", vision_tower=tmp_path / "tower")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "tower"]
 
 
 def test_a_folder_from_elsewhere_takes_the_original_configuration_of_another(tmp_path):

@@ -70,7 +70,7 @@ def test_every_direct_dependency_is_pinned(requirements):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(text) for text in lines if text and not text.startswith("#")]
     versions = {canonicalize_name(pin.name): str(pin.specifier) for pin in pins}
-    optional = ("flash", "wandb", "vllm")
+    optional = ("convert", "flash", "wandb", "vllm")
     wanted = {n: r for n, r in requirements.items() if not any(f'extra == "{e}"' in str(r.marker) for e in optional)}
     assert set(wanted) == set(versions)
     for name, requirement in wanted.items():

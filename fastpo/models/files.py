@@ -25,6 +25,17 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError naming the file for one that is not there or holds no JSON object."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected keys and values, got a {type(tree).__name__}")
+    return tree
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies tokenizer, chat template and image settings."""
     for pattern in PATTERNS:
@@ -37,7 +48,7 @@ def checked(path: str, model_type: str, how_to: str) -> Path:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path: {folder} is not a model folder (no config.json). {how_to}")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != model_type:
         raise ValueError(f"model.path: {folder} has model_type {kind!r}, expected {model_type!r}. {how_to}")
     there = {
@@ -81,8 +92,8 @@ def settings(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
     processor_config.json wins where it holds them.
     """
     whole = folder / "processor_config.json"
-    if whole.is_file() and (found := json.loads(whole.read_text()).get(part)):
+    if whole.is_file() and (found := read_json(whole).get(part)):
         return whole, found
     files = [folder / name for name in SETTINGS[part]]
     file = next((file for file in files if file.is_file()), files[-1])
-    return file, json.loads(file.read_text()) if file.is_file() else {}
+    return file, read_json(file) if file.is_file() else {}

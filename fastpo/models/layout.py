@@ -5,7 +5,6 @@ multimodal_projector/builder.py); names of the published llava-hf folders, token
 huggingface/transformers (models/llava*/convert_llava*_weights_to_hf.py); the module tree as of transformers 5.23.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+from fastpo.models.files import read_json
 
 # Prefixes: original, published llava-hf folders (every version of transformers reads them), module tree (peft's names).
 ROWS = (
@@ -150,7 +151,7 @@ def hf_config(original: dict[str, Any], where: Path, tower: Path | None) -> Llav
         vision_feature_layer=-1,  # SigLipVisionTower does not ask mm_vision_select_layer
         vision_feature_select_strategy="full",
         vision_aspect_ratio=ratio,
-        image_grid_pinpoints=_pinpoints(original, vision.image_size),
+        image_grid_pinpoints=_pinpoints(original, where, vision.image_size),
         architectures=["LlavaOnevisionForConditionalGeneration"],
     )
 
@@ -185,7 +186,7 @@ def _vision_config(original: Mapping[str, Any], where: Path, folder: Path | None
     """Of the tower as LLaVA uses it: SigLIP without its last layer and its head."""
     name = str(original["mm_vision_tower"])
     if folder is not None:
-        stored = json.loads((folder / "config.json").read_text())
+        stored = read_json(folder / "config.json")
         kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}.get(
             stored.get("model_type", "").removesuffix("_vision_model")
         )
@@ -215,11 +216,14 @@ def _only(original: Mapping[str, Any], where: Path, key: str, *values: object) -
         raise ValueError(f"{where}: {key} is {original.get(key)!r}, only {values[0]!r} can be converted")
 
 
-def _pinpoints(original: Mapping[str, Any], side: int) -> list[list[int]]:
+def _pinpoints(original: Mapping[str, Any], where: Path, side: int) -> list[list[int]]:
     """[height, width] in transformers; LLaVA's are [width, height], or a text such as "(1x1),...,(6x6)" in tiles."""
-    stored = original["image_grid_pinpoints"]
+    stored = original.get("image_grid_pinpoints")
+    pairs = re.findall(r"\((\d+)x(\d+)\)", stored) if isinstance(stored, str) else stored or []
+    if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{where}: image_grid_pinpoints is {stored!r}, not a list of sizes")
     if isinstance(stored, str):
-        (low_w, low_h), *_, (high_w, high_h) = [map(int, pair) for pair in re.findall(r"\((\d+)x(\d+)\)", stored)]
+        (low_w, low_h), (high_w, high_h) = (map(int, pairs[i]) for i in (0, -1))
         tiles = [(w, h) for w in range(low_w, high_w + 1) for h in range(low_h, high_h + 1)]
         stored = [[w * side, h * side] for w, h in tiles]
     return [[h, w] for w, h in stored]
