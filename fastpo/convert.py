@@ -242,7 +242,7 @@ def _inside(file: Path) -> dict[str, Piece]:
 
 def _floating(file: Path, key: str, dtype: torch.dtype | None) -> torch.dtype:
     """Quantised weights come with scales that transformers' modules do not have."""
-    if dtype not in _DTYPES.values():
+    if dtype is None or dtype not in _DTYPES.values():
         raise ValueError(f"{file}: {key} is quantised, only weights of {', '.join(_DTYPES)} are converted")
     return dtype
 

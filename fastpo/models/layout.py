@@ -225,5 +225,5 @@ def _pinpoints(original: Mapping[str, Any], where: Path, side: int) -> list[list
     if isinstance(stored, str):
         (low_w, low_h), (high_w, high_h) = (map(int, pairs[i]) for i in (0, -1))
         tiles = [(w, h) for w in range(low_w, high_w + 1) for h in range(low_h, high_h + 1)]
-        stored = [[w * side, h * side] for w, h in tiles]
-    return [[h, w] for w, h in stored]
+        pairs = [(w * side, h * side) for w, h in tiles]
+    return [[h, w] for w, h in pairs]
