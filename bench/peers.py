@@ -12,6 +12,8 @@ from fastpo_kernels import token_stats
 
 IGNORED = -100
 REFERENCED = ("dpo", "rrpo", "perpo")  # losses with a reference
+HAS_LCE = hasattr(F, "linear_cross_entropy")
+LACKS_LCE = f"not in torch {torch.__version__}"
 
 
 class Tokens(NamedTuple):
@@ -124,11 +126,11 @@ def providers(loss: str, trains_head: bool, device: torch.device) -> dict[str, P
         "torch.compile": torch.compile(eager, fullgraph=True, dynamic=False),
     }
     found["TRL"] = trl
-    heads: dict[str, Logp] = {
-        "F.linear_cross_entropy": lce_logp,
-        "F.linear_cross_entropy, chunked": chunked_lce_logp,
-        "Liger scaled cross-entropy": liger_logp,
-    }
+    heads: dict[str, Logp] = {"Liger scaled cross-entropy": liger_logp}
+    if HAS_LCE:
+        heads |= {"F.linear_cross_entropy": lce_logp, "F.linear_cross_entropy, chunked": chunked_lce_logp}
+    else:
+        found["F.linear_cross_entropy"] = LACKS_LCE
     has_cce = find_spec("cut_cross_entropy") is not None
     if has_cce and device.type == "cuda":
         heads |= {"ml-cross-entropy": cce_logp("cce", "high"), "ml-cross-entropy, exact": cce_logp("cce", None)}
@@ -163,7 +165,8 @@ def _wide(x: Tensor) -> torch.dtype:
 def means(device: torch.device) -> dict[str, Logp | str]:
     """SFT in one call, the mean over labelled positions, which lets a library make its gradients in the forward."""
     liger: Logp | str = _liger_mean if device.type == "cuda" else "Triton only: needs CUDA"
-    return {"F.linear_cross_entropy, chunked mean": _lce_mean, "Liger fused linear cross-entropy": liger}
+    lce: Logp | str = _lce_mean if HAS_LCE else LACKS_LCE
+    return {"F.linear_cross_entropy, chunked mean": lce, "Liger fused linear cross-entropy": liger}
 
 
 def _lce_mean(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
