@@ -101,7 +101,7 @@ def duration(path: Path, fps: float | None = None) -> float:
             return container.duration / av.time_base
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)
-    raise BadSample(f"{path}: its duration is not known, which data.fps needs")
+    raise BadSample(f"{path}: its duration is not known, which data.fps and the model's times of frames need")
 
 
 @lru_cache(maxsize=65_536)
@@ -259,6 +259,9 @@ def decode_pyav(path: Path, clip: Clip, wanted: list[int]) -> np.ndarray:
                     break
     if lost := set(wanted) - found.keys():
         raise BadSample(f"{path}: frame {min(lost)} of {clip.frames} does not decode")
+    if len(sizes := {image.shape[:2] for image in found.values()}) > 1:
+        wide = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+        raise BadSample(f"{path}: its frames differ in size: {wide}")
     return np.stack([found[i] for i in wanted])
 
 

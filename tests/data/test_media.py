@@ -2,6 +2,7 @@ import logging
 import os
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -249,6 +250,33 @@ def test_video_without_frames(tmp_path):
     path = tmp_path / "a.mp4"
     clip(path, 0, movflags="empty_moov+frag_keyframe")
     with pytest.raises(BadSample, match="a.mp4: "):
+        video(path, 4)
+
+
+def test_a_broadcast_whose_frames_change_their_size(tmp_path):
+    path, rate = tmp_path / "a.ts", Fraction(1, 5)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for start, (width, height) in ((0, (64, 48)), (4, (96, 80))):
+            coder = av.CodecContext.create("mpeg2video", "w")
+            coder.width, coder.height, coder.pix_fmt, coder.time_base, coder.framerate = (
+                width,
+                height,
+                "yuv420p",
+                rate,
+                5,
+            )
+            packets = []
+            for k in range(start, start + 4):
+                frame = av.VideoFrame.from_ndarray(picture(k, (width, height)), format="rgb24")
+                frame.pts, frame.time_base = k, rate
+                packets += coder.encode(frame)
+            for packet in packets + coder.encode(None):
+                packet.stream, packet.time_base = stream, rate
+                container.mux(packet)
+    assert video(path, 1).shape == (1, 48, 64, 3)
+    with pytest.raises(BadSample, match="a.ts: its frames differ in size: 64 x 48, 96 x 80"):
         video(path, 4)
 
 
