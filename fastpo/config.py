@@ -169,8 +169,10 @@ class Gae(Section):
     lam: Fraction = 0.95
     reward_clip: Positive = 10.0
     standardise: bool = False  # rewards by mean and deviation of the last 1000
+    reward_scale: Positive = 1.0  # of standardised rewards
     whiten: bool = True
     critic_steps: Annotated[int, Field(ge=0)] = 0  # first steps, in which only the critic learns
+    critic_head: Literal["zero", "reward_model"] = "zero"  # what it starts from
 
 
 class Rollout(Section):
@@ -191,6 +193,8 @@ class Rollout(Section):
     def _rewarded(self) -> "Rollout":
         if not self.rewards and self.reward_model is None:
             raise ValueError("needs rewards or a reward_model")
+        if self.gae.critic_head == "reward_model" and self.reward_model is None:
+            raise ValueError("gae.critic_head: reward_model needs rollout.reward_model")
         if self.generation.temperature == 0:
             raise ValueError("generation.temperature: 0 samples nothing")
         if self.generation.temperature > 2 and self.engine == "vllm":

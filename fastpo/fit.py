@@ -226,7 +226,7 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
     torch.manual_seed(run.seed)  # adapters start the same on every rank and ZeRO stage, whatever loading drew
     model = trainable.prepare(model, family.parts, run.model)
     del alive
-    return Policy(
+    policy = Policy(
         model,
         family,
         family.processor(run.model),
@@ -238,6 +238,9 @@ def make_policy(run: Run, stats: frozenset[str], device: str) -> Policy:
         frames_per_chunk=run.model.frames_per_chunk,
         feature_bytes=cache_bytes(run),
     )
+    if policy.value_head is not None and run.rollout and run.rollout.gae.critic_head == "reward_model":
+        policy.value_head.load_state_dict(reward_model.head(run))
+    return policy
 
 
 def check_rollout(run: Run, needed: frozenset[str]) -> None:

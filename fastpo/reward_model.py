@@ -20,10 +20,7 @@ def load(run: Run, device: str) -> Scorer:
     An adapter is laid over model.path. The answers are scored as tokens, so both models need the same tokenizer. Raises
     ValueError for a folder without a value head.
     """
-    assert run.rollout is not None and run.rollout.reward_model is not None
-    folder = _newest(Path(run.rollout.reward_model))
-    if not (folder / VALUE_HEAD).is_file():
-        raise ValueError(f"rollout.reward_model: {folder} is no reward model (no {VALUE_HEAD})")
+    folder = _folder(run)
     model, family, processor, chunk = open_model(run.model, folder, device)
     policy = Policy(model, family, processor, mode="none", stats=frozenset({"reward"}), frames_per_chunk=chunk)
     assert policy.value_head is not None
@@ -38,6 +35,19 @@ def load(run: Run, device: str) -> Scorer:
         return found
 
     return score
+
+
+def head(run: Run) -> dict[str, Tensor]:
+    """The weights of its value head alone, for a critic to start from. Raises ValueError as `load`."""
+    return load_file(_folder(run) / VALUE_HEAD)
+
+
+def _folder(run: Run) -> Path:
+    assert run.rollout is not None and run.rollout.reward_model is not None
+    folder = _newest(Path(run.rollout.reward_model))
+    if not (folder / VALUE_HEAD).is_file():
+        raise ValueError(f"rollout.reward_model: {folder} is no reward model (no {VALUE_HEAD})")
+    return folder
 
 
 def _newest(folder: Path) -> Path:

@@ -90,7 +90,7 @@ def windows(
         write(log, step, groups)
         rewards_of = [torch.tensor(g.encoded.scores) for g in groups]
         if cfg.advantage == "gae" and cfg.gae.standardise:
-            rewards_of, recent = standardised(recent, groups)
+            rewards_of, recent = standardised(recent, groups, cfg.gae.reward_scale)
         window = learnable(engine, feed, groups, rewards_of, cfg, step)
         for _ in range(min(cfg.updates, len(order) - number * cfg.updates)):
             note(meter, groups, cfg)
@@ -189,14 +189,14 @@ def prepare(engine: Engine, row: MicroBatch, cfg: Rollout, reward: Tensor, step:
     return {"advantage": advantage, "returns": returns, "old_logp": stats["logp"], "old_value": stats["value"]}
 
 
-def standardised(recent: Tensor, groups: Sequence[Group]) -> tuple[list[Tensor], Tensor]:
+def standardised(recent: Tensor, groups: Sequence[Group], scale: float) -> tuple[list[Tensor], Tensor]:
     """The rewards of each group by mean and deviation of all ranks' last rewards, and those rewards. Collective."""
     mine = [torch.tensor(g.encoded.scores, dtype=torch.float64) for g in groups]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, {g.encoded.key: scores for g, scores in zip(groups, mine, strict=True)})
     everyone = {key: scores for rank in found for key, scores in rank.items()}
     keys = sorted(everyone)
-    scaled, recent = losses.standardise(torch.cat([everyone[k] for k in keys]), recent)
+    scaled, recent = losses.standardise(torch.cat([everyone[k] for k in keys]), recent, scale=scale)
     by_key = dict(zip(keys, scaled.split([len(everyone[k]) for k in keys]), strict=True))
     return [by_key[g.encoded.key] for g in groups], recent
 
