@@ -28,6 +28,7 @@ def report(run: Run) -> None:
     feed = make_feed(run, rank=0, ranks=ranks)
     table = feed.read(run.data.train, keep=kept_responses(run))
     if run.rollout:
+        table = rollout.readable(run, table)
         rollout.check(run, table)
         table = longest_answers(table, run.rollout)
     total = total_steps(run, len(table))

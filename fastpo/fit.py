@@ -54,6 +54,7 @@ def fit(run: Run, stop: threading.Event | None = None) -> Path:
     table = feed.read(run.data.train, keep=kept_responses(run))
     held_out = feed.read(run.data.eval, keep="none" if run.rollout else "all") if run.data.eval else None
     if run.rollout:
+        table, held_out = rollout.readable(run, table), held_out and rollout.readable(run, held_out)
         rollout.check(run, table)
     total = total_steps(run, len(table))
     resume = checkpoint.latest(run)

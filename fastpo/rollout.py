@@ -21,7 +21,7 @@ from fastpo.models import vllm
 from fastpo.models.chat import Chat
 from fastpo.models.generate import respond
 from fastpo.rewards import Term
-from fastpo.sample import Encoded, MicroBatch, Sample
+from fastpo.sample import BadSample, Encoded, MicroBatch, Sample
 from fastpo_kernels import losses
 
 Scorer = Callable[[MicroBatch], Tensor]  # a row of answers -> [S] learned rewards
@@ -44,15 +44,10 @@ def names(cfg: Rollout) -> tuple[str, ...]:
 
 
 def check(run: Run, table: Table) -> None:
-    """Raises ValueError before any weight is loaded: rewards that do not exist, ground truths that they cannot read (of
-    our rewards; one of a user's own may be slow), groups that cannot fit in a row.
-    """
+    """Raises ValueError before any weight is loaded for groups that cannot fit in a row."""
     cfg = run.rollout
     assert cfg is not None
     vllm.check(run)
-    rules = [rule for rule in rewards.terms(cfg.rewards, key="rollout.rewards") if rule.name in rewards.REWARDS]
-    for sample in table.samples:
-        rewards.total(rules, "", sample.truth, where=sample.key)
     longest = max(len(e.prompt) for e in table.encoded)
     most = longest + cfg.group * cfg.generation.max_tokens
     if most > run.batch.tokens:
@@ -60,6 +55,34 @@ def check(run: Run, table: Table) -> None:
             f"batch.tokens: {run.batch.tokens} holds no group: the longest prompt has {longest} tokens, and "
             f"{cfg.group} answers of {cfg.generation.max_tokens} tokens make it {most}"
         )
+
+
+def readable(run: Run, table: Table) -> Table:
+    """The table without the rows whose ground truth a reward cannot read, if data.on_bad_sample says skip. Tries our
+    rewards alone, since one of a user's own may be slow.
+
+    Raises BadSample at the first such row under on_bad_sample: error, ValueError for a reward that does not exist and
+    where no row is left.
+    """
+    assert run.rollout is not None
+    found = rewards.terms(run.rollout.rewards, key="rollout.rewards")
+    rules = [rule for rule in found if rule.name in rewards.REWARDS]
+    kept, skipped = [], []
+    for n, sample in enumerate(table.samples):
+        try:
+            rewards.total(rules, "", sample.truth, where=sample.key)
+            kept.append(n)
+        except BadSample as error:
+            if run.data.on_bad_sample == "error":
+                raise
+            skipped.append((sample.key, str(error)))
+    if not kept:
+        raise ValueError(f"no usable row; the first of {len(skipped)} bad ones: {skipped[0][1]}")
+    return Table(
+        samples=[table.samples[n] for n in kept],
+        encoded=[table.encoded[n] for n in kept],
+        skipped=[*table.skipped, *skipped],
+    )
 
 
 def windows(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpo import rollout
+from fastpo import rollout, train
 from fastpo.config import load
 from fastpo.fit import fit, make_feed
 from fastpo.models import chat
@@ -133,7 +133,26 @@ def test_a_truth_that_cannot_be_read_stops_before_the_model_is_loaded(demo, tmp_
     run = load(config(demo, tmp_path / "out"), ["rollout.rewards=[{name: numeric}]"])
     table = make_feed(run, 0, 1).read(run.data.train, keep="none")
     with pytest.raises(ValueError, match=r"row 0, key truth: reward numeric: the ground truth is not a number"):
-        rollout.check(run, table)
+        rollout.readable(run, table)
+    skipping = run.model_copy(update={"data": run.data.model_copy(update={"on_bad_sample": "skip"})})
+    with pytest.raises(ValueError, match=r"no usable row; the first of \d+ bad ones: .*row 0, key truth"):
+        rollout.readable(skipping, table)
+
+
+def test_rows_with_a_truth_that_cannot_be_read_are_skipped_and_counted_where_asked(demo, tmp_path, capsys):
+    file = config(demo, tmp_path / "out")
+    table = json.loads((tmp_path / "prompts.json").read_text())
+    for n, row in enumerate(table):
+        row["truth"] = "many" if n == 1 else n
+    (tmp_path / "prompts.json").write_text(json.dumps(table))
+    rewards = ["rollout.rewards=[{name: numeric}]", "data.on_bad_sample=skip"]
+    run = load(file, rewards)
+    found = rollout.readable(run, make_feed(run, 0, 1).read(run.data.train, keep="none"))
+    assert len(found) == len(table) - 1 == len(found.encoded) and found.samples[1].truth == 2
+    ((key, reason),) = found.skipped
+    assert key.endswith("prompts.json:1") and "row 1, key truth: reward numeric: the ground truth is not" in reason
+    train.main([str(file), *rewards, "--dry-run"])
+    assert "(1 skipped)" in capsys.readouterr().out
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_listed(demo, tmp_path):
