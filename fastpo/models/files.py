@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from fastpo.config import Model
@@ -75,14 +76,19 @@ def loaded(cfg: Model, model_type: str, how_to: str, text_attention: str | None 
 
     Raises ValueError where weights are missing or of another kind.
     """
-    return AutoModelForImageTextToText.from_pretrained(
-        checked(cfg.path, model_type, how_to),
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation={
-            "text_config": text_attention or attention.register(cfg.attention),
-            "vision_config": "sdpa",
-        },
-    )
+    folder = checked(cfg.path, model_type, how_to)
+    names = {"text_config": text_attention or attention.register(cfg.attention), "vision_config": "sdpa"}
+    try:
+        found: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, cfg.dtype), attn_implementation=names, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError) as error:  # a cut file; weights of other shapes
+        raise ValueError(f"model.path: {folder}: its weights cannot be loaded: {error}") from error
+    made, info = found
+    if missing := sorted(info["missing_keys"]):  # transformers would start them at random and only warn
+        shown = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        raise ValueError(f"model.path: {folder} lacks {len(missing)} weights: {shown}")
+    return made
 
 
 def settings(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
