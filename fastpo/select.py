@@ -39,6 +39,7 @@ def select(run: Run, target: Source, out: Path, *, keep: int, reg: float = 0.05,
     cost = row_costs(source, embeddings(opened, feed, aim)[1], reg=reg)
     chosen = sorted(cost.argsort(stable=True)[:keep].tolist())
     given = list(rows(train.path))
+    out.parent.mkdir(parents=True, exist_ok=True)
     numbers = [int(keys[n].rpartition(":")[2]) for n in chosen]
     out.write_text("".join(json.dumps(given[n], ensure_ascii=False) + "\n" for n in numbers), encoding="utf-8")
     return len(numbers)

@@ -38,8 +38,8 @@ def test_the_command_keeps_whole_rows_in_order_those_nearest_to_the_target(demo,
     aim = [table[n] for n in (7, 2, 5)]
     (tmp_path / "aim.json").write_text(json.dumps(aim))
     line = ["--target", str(tmp_path / "aim.json"), "--keep", "3", "--reg", "0.002"]
-    select.main([str(RECIPE), str(tmp_path / "kept.jsonl"), *line, *options(demo, tmp_path / "run")])
-    kept = [json.loads(text) for text in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    select.main([str(RECIPE), str(tmp_path / "new" / "kept.jsonl"), *line, *options(demo, tmp_path / "run")])
+    kept = [json.loads(text) for text in (tmp_path / "new" / "kept.jsonl").read_text().splitlines()]
     assert kept == [table[n] for n in (2, 5, 7)]
     with pytest.raises(SystemExit, match="exists already"):
-        select.main([str(RECIPE), str(tmp_path / "kept.jsonl"), *line, *options(demo, tmp_path / "run")])
+        select.main([str(RECIPE), str(tmp_path / "new" / "kept.jsonl"), *line, *options(demo, tmp_path / "run")])
