@@ -226,6 +226,17 @@ def test_wrong_folders_are_refused_and_a_failure_leaves_nothing(tmp_path, capsys
     assert left.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
+def test_names_of_a_model_saved_after_zero3(tmp_path):
+    source = write(tmp_path / "original", onevision(), files=1)
+    convert.convert(source, tmp_path / "hf", vision_tower=tmp_path / "tower")
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    longer = {k.replace("language_model.model.", "language_model.model.model."): v for k, v in load_file(file).items()}
+    assert longer.keys() != load_file(file).keys()
+    save_file(longer, file)
+    convert.convert(tmp_path / "hf", tmp_path / "back", to="original")
+    assert equal(stored(tmp_path / "back"), stored(source))
+
+
 def nested(file: Path) -> None:
     torch.save({"state_dict": torch.load(file, weights_only=True)}, file)
 

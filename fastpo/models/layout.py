@@ -36,11 +36,12 @@ ROWS = (
 )
 ORIGINAL, HF, MODULES = range(3)
 
-# What transformers' save_pretrained writes of the same modules (5.x: either prefix, towers without vision_model).
+# What transformers' save_pretrained writes of the same modules (5.x: either prefix, towers without vision_model; after
+# ZeRO-3 5.23 writes language_model.model.model).
 _SPELLINGS = (
     (r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline|language_model\.)", ""),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    (r"^language_model\.(?!lm_head\.)(model\.)*", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
