@@ -103,6 +103,10 @@ def export(engine: Engine, run: Run, folder: Path) -> Path:
                 {k.removeprefix("base_model.model."): v for k, v in rest.items()}, target / "trained_parts.safetensors"
             )
     else:
+        if run.engine.zero == 3:
+            # there transformers 5.23 records renamings of old checkpoints as well, by which the names that it writes
+            # would have a "model." too many; without a record it writes those of every other stage
+            model._weight_conversions = None
         model.save_pretrained(target, state_dict=state)
     if values:
         save_file(values, target / VALUE_HEAD)

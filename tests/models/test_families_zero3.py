@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from fastpo.data.loader import step_samples
 from fastpo.fit import fit
@@ -22,6 +23,11 @@ def trained(tmp_path_factory):
     return root
 
 
+def shapes(folder):
+    stored = [load_file(file) for file in folder.glob("*.safetensors")]
+    return {name: weight.shape for tensors in stored for name, weight in tensors.items()}
+
+
 @pytest.mark.parametrize("family", run_families.NAMES)
 def test_two_ranks_one_without_media_equal_one(trained, family):
     fit(run_families.run(trained, family, trained / "1", zero=0))
@@ -33,6 +39,9 @@ def test_two_ranks_one_without_media_equal_one(trained, family):
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "margin", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+    folders = (trained / ranks / family / "checkpoints" / "step_000002" / "model" for ranks in ("1", "2"))
+    plain, sharded = map(shapes, folders)
+    assert plain and plain == sharded, "the names of the weights that are written"
     assert one[1]["loss"] != pytest.approx(one[0]["loss"], abs=1e-6), "the first update changed the model"
 
 
