@@ -111,6 +111,44 @@ def test_small_gradients_outlive_fp16():
     assert max_error(hidden.grad, want) < 1e-3 * want.abs().max()
 
 
+def test_small_gradients_outlive_fp16_operands(monkeypatch):
+    """As on CUDA, whose products take half operands: those of 1 / 4096 lie below what fp16 holds of a p of 1e-4."""
+
+    def product(a, b):
+        return a.float() @ b.float()
+
+    def add_product(out, a, b, *, beta=1, alpha=1.0):
+        torch.addmm(out, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
+
+    for name, of in {"mm": product, "add_mm": add_product, "operand": lambda x: x}.items():
+        monkeypatch.setattr(chunked, name, of)
+    rows, vocabulary, tokens, loss_scale = 24, 5003, 4096, 2.0**10
+    monkeypatch.setattr(chunked, "TILE_BYTES", 7 * vocabulary * 4)
+    target = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(0))
+
+    def mean(logp, rows):
+        return -logp / tokens, torch.full_like(logp, -1 / tokens)
+
+    def gradients(dtype, of):
+        hidden, weight = (
+            rounded(0, rows, 64, dtype=torch.float16),
+            rounded(1, vocabulary, 64, dtype=torch.float16, scale=0.3),
+        )
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+        (loss_scale * of(*leaves)).backward()
+        return [leaf.grad.double() for leaf in leaves]
+
+    def plain(hidden, weight):
+        logits = hidden @ weight.t()
+        logits = logits.float() if logits.dtype == torch.float16 else logits
+        return -logits.log_softmax(-1)[torch.arange(rows), target].sum() / tokens
+
+    got = gradients(torch.float16, lambda hidden, weight: folded_logp(hidden, weight, target, mean)[0])
+    for mine, theirs, want in zip(got, gradients(torch.float16, plain), gradients(torch.float64, plain), strict=True):
+        mine, theirs = ((x - want).norm() / want.norm() for x in (mine, theirs))
+        assert mine <= 1.3 * theirs, f"{mine:.2g}, plain code {theirs:.2g}"
+
+
 def count(of, *, trained=("hidden", "weight"), rows=12):
     def run():
         tensors = dict(zip(NAMES, problem(torch.float32), strict=True))

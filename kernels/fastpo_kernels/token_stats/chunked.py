@@ -10,6 +10,7 @@ Over a vocabulary split between ranks (Inputs.shard) a tile has the columns of t
 them is one over the ranks too.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -113,15 +114,18 @@ class Gradients(NamedTuple):
         weight = torch.empty(x.weight.shape, dtype=wide, device=device) if wanted[1] else None
         return cls(hidden, weight, torch.empty(len(x.weight), dtype=wide, device=device) if wanted[2] else None)
 
-    def add(self, tile: Tensor, x: Inputs, at: Tensor, *, first: bool) -> None:
-        """tile: [n, V] gradient at h W^T + b of the rows `at`, whose operands are x. first: the first to be added."""
+    def add(self, tile: Tensor, scale: float, x: Inputs, at: Tensor, *, first: bool) -> None:
+        """tile * scale: [n, V] gradient at h W^T + b of the rows `at`, whose operands are x.
+
+        first: the first to be added.
+        """
         if self.bias is not None:
-            torch.add(tile.sum(0, dtype=self.bias.dtype), 0 if first else self.bias, out=self.bias)
+            torch.add(tile.sum(0, dtype=self.bias.dtype).mul_(scale), 0 if first else self.bias, out=self.bias)
         tile = tile.to(x.weight.dtype)
         if self.hidden is not None:
-            self.hidden[at] = mm(tile, x.weight).to(self.hidden.dtype)
+            self.hidden[at] = mm(tile, x.weight).mul_(scale).to(self.hidden.dtype)
         if self.weight is not None:
-            add_mm(self.weight, tile.t(), x.hidden, beta=0 if first else 1)
+            add_mm(self.weight, tile.t(), x.hidden, beta=0 if first else 1, alpha=scale)
 
 
 def folded(
@@ -148,11 +152,19 @@ def folded(
             if len(live) < len(at):
                 part, slope = _take(part, live), None if slope is None else slope[live]
                 log_p, logp, g_logp = log_p[live], logp[live], g_logp[live]
-            tile = less_target(log_p.exp_(), logp, *_columns(part))
-            tile.mul_(g_logp.to(logp.dtype)[:, None] / -x.temperature)
+            tile, scale = less_target(log_p.exp_(), logp, *_columns(part)), _power_of_two(g_logp)
+            tile.mul_(g_logp.to(logp.dtype)[:, None] / (-x.temperature * scale))
             tile = tile if slope is None else tile.mul_(slope)
-            gradients.add(tile, part, live + here.start, first=here.start == 0)
+            gradients.add(tile, scale, part, live + here.start, first=here.start == 0)
     return loss, torch.cat(logps), gradients
+
+
+def _power_of_two(g: Tensor) -> float:
+    """Just above the largest |g|; 1 where there is none that is finite.
+
+    In an fp16 tile of a mean over 4096 tokens a p below 2^-12 would round to 0, before any loss scale is known.
+    """
+    return 2.0 ** math.frexp(g.abs().max().item())[1] if len(g) else 1.0
 
 
 def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Made]:
@@ -296,12 +308,12 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.mm(a, b)
 
 
-def add_mm(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
-    """out = beta out + a @ b, summed in the fp32 of out; beta 0: what out held, even NaN, is gone."""
+def add_mm(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: float = 1.0) -> None:
+    """out = beta out + alpha a @ b, summed in the fp32 of out; beta 0: what out held, even NaN, is gone."""
     if a.dtype in HALF:
-        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
     else:
-        torch.addmm(out, a, b, beta=beta, out=out)
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
