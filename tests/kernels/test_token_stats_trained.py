@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpo_kernels import token_stats
-from fastpo_kernels.token_stats import chunked
+from fastpo_kernels.token_stats import chunked, trained
 from tests.memory import peak_bytes
 
 
@@ -52,3 +52,18 @@ def test_the_gradient_of_the_head_is_made_in_its_dtype(monkeypatch):
     peak = peak_bytes(loss.backward)
     bf16, fp32 = 2 * weight.numel(), 4 * weight.numel()
     assert bf16 < peak < bf16 + fp32 / 2, f"{peak} bytes"
+
+
+def test_slices_are_aligned_whatever_the_number_of_rows(monkeypatch):
+    """Odd ones would keep a GPU's GEMMs of bf16 tiles from their fast kernels, and its loads from 16 bytes."""
+    widths, plain = [], trained.d_logits
+
+    def d_logits(z, *args):
+        widths.append(z.shape[1])
+        return plain(z, *args)
+
+    monkeypatch.setattr(trained, "d_logits", d_logits)
+    monkeypatch.setattr(chunked, "TILE_BYTES", 1001 * 300 * 4)
+    weight = rounded(1, 2001, 5).requires_grad_()
+    token_stats(rounded(0, 300, 5), weight, torch.arange(300), backend="chunked").logp.sum().backward()
+    assert widths == [960, 960, 81]

@@ -27,6 +27,8 @@ from fastpo_kernels.token_stats.chunked import (
 from fastpo_kernels.token_stats.reference import Inputs, accumulator
 from fastpo_kernels.types import TokenStats
 
+ALIGNED = 64  # columns: rows of a tile then begin where tensor cores and 16-byte loads want them, whatever n is
+
 
 class Live(NamedTuple):
     """What the gradient of n rows needs beside their logits; the first m of them have a KL."""
@@ -72,6 +74,7 @@ def backward(
     d_weight = torch.empty_like(x.weight) if wanted[1] else None
     d_bias = torch.empty_like(x.bias) if wanted[2] and x.bias is not None else None
     size = tile_size(len(at) + paired, x.hidden)
+    size -= size % ALIGNED if size > ALIGNED else 0
     for start in range(0, len(x.weight), size):
         part = _slice(here, slice(start, start + size))
         z, ref_z = _products(hidden, ref_hidden, part, len(at))
