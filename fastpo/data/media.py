@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Containers that store every packet's time stamp. In the others (avi, mpeg, ts, ...) FFmpeg makes some up.
 STAMPED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Titles in another encoding than UTF-8 are nobody's loss. PyAV 19 takes them and no longer the argument.
+LENIENT: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 FRAME = frozenset((".jpg", ".jpeg", ".png"))  # of a folder of frames
 
 
@@ -288,7 +290,7 @@ def _is_idr(packet: bytes, length: int) -> bool:
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream; what FFmpeg finds wrong meanwhile is a BadSample."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(str(path), **LENIENT) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise BadSample(f"{path}: no video stream")
