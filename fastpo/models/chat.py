@@ -1,6 +1,5 @@
 """Text of a sample to token ids: the chat template around it, responses as segments, phrase masks."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpo.data import phrases
+from fastpo.models.files import read_json
 from fastpo.sample import BadSample, Encoded, Sample, Turn
 
 
@@ -40,15 +40,17 @@ class Responses(NamedTuple):
 
 
 def read(folder: Path, question_role: str = "user") -> Chat:
-    """Raises ValueError for a folder without a fast tokenizer and a chat template.
+    """Raises ValueError for a folder without a fast tokenizer and a chat template, or with a broken file of these.
 
     A template that ends an answer with nothing visible (LLaVA-1.5's) is read as ending it with the end-of-text token,
     as these models are trained. question_role: the name under which the model itself asks (SPO: "vuser").
     """
+    for file in folder.glob("tokenizer*.json"):
+        read_json(file)  # transformers would not name a file that was cut
     tokenizer = AutoTokenizer.from_pretrained(folder)
     older = folder / "chat_template.json"  # processors of transformers 4 kept theirs here, and it wins
     if older.is_file() and not (folder / "chat_template.jinja").is_file():
-        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
+        tokenizer.chat_template = read_json(older)["chat_template"]
     if not tokenizer.is_fast or not tokenizer.chat_template:
         raise ValueError(f"model.path: {folder}: needs a fast tokenizer (tokenizer.json) with a chat template")
     for typed in (False, True):

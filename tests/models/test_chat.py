@@ -37,6 +37,15 @@ def test_prompt_and_end_of_an_answer(tmp_path, template, starts, text, end):
     assert found.end == end
 
 
+def test_a_tokenizer_file_that_was_cut_is_named(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        made(tmp_path, PLAIN, starts=False)
+        file = tmp_path / name
+        file.write_text(file.read_text()[:-20])
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read as JSON"):
+            chat.read(tmp_path)
+
+
 def test_a_processors_template_of_older_folders_comes_before_the_tokenizers(tmp_path):
     made(tmp_path, PLAIN, starts=False)
     inside = (tmp_path / "chat_template.jinja").read_text()
