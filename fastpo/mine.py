@@ -8,7 +8,7 @@ fastpo.data.mia.refusal stay.
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -150,6 +150,21 @@ def answerer(
     return answer
 
 
+def check(row: mia.Row, where: str) -> None:
+    """Raises BadSample for a row that fastpo.data.mia would not make."""
+    for key in ("id", "image", "prompt", "chosen", "kind", "count", "target"):
+        if row.get(key) is None:
+            raise fields.bad(where, key, "missing; fastpo.data.mia makes such rows")
+    _expect(row, where, "kind", [*mia.THRESHOLDS])
+    _expect(row, where, "count", [*mia.THRESHOLDS[row["kind"]]])
+    _expect(row, where, "target", range(1, int(row["count"]) + 1))
+
+
+def _expect(row: mia.Row, where: str, key: str, values: Sequence[str | int]) -> None:
+    if row[key] not in values:
+        raise fields.bad(where, key, f"expected one of {', '.join(map(str, values))}, got {row[key]!r:.80}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpo.mine", description=__doc__)
     parser.add_argument("config", type=Path)
@@ -167,9 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         run, cfg = answers.configured(args.config, args.overrides)
         rows = formats.rows(args.rows)
         for number, row in enumerate(rows):
-            for key in ("id", "image", "prompt", "chosen", "kind", "count", "target"):
-                if row.get(key) is None:
-                    raise fields.bad(f"{args.rows}:{number}", key, "missing; fastpo.data.mia makes such rows")
+            check(row, f"{args.rows}:{number}")
         opened = open_model(run.model, args.adapter, answers.device())
         with TemporaryDirectory() as folder:
             answer = answerer(run, cfg, opened, args.rows, args.layer, args.seed, Path(folder))

@@ -131,9 +131,16 @@ def test_what_cannot_be_mined_is_refused(folder, tmp_path, capsys):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"id": "a", "image": ["0.png"], "prompt": "?"}]))
     made = folder / "made/mia.json"
+    edited = json.loads(made.read_text())
+    for key, value in (("kind", "collage"), ("count", 12), ("target", 0)):
+        path = tmp_path / f"{key}.json"
+        path.write_text(json.dumps([edited[0], edited[1] | {key: value}]))
     for arguments, message in (
         ([made, "--layer", "2"], "--layer: 2, the language model has layers 0 to 1"),
         ([rows], "rows.json, row 0, key chosen: missing"),
+        ([tmp_path / "kind.json"], "row 1, key kind: expected one of sequence, grid, pip, got 'collage'"),
+        ([tmp_path / "count.json"], "row 1, key count: expected one of 2, 3, 4, 5, got 12"),
+        ([tmp_path / "target.json"], "row 1, key target: expected one of 1, 2"),
         ([made, "model.family=llava_video"], "model_type 'llava'"),
     ):
         with pytest.raises(SystemExit):
