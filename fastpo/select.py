@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastpo import answers
 from fastpo.config import Run, Source, load
-from fastpo.data.formats import rows
 from fastpo.data.loader import Feed, Table
 from fastpo.data.pack import pack
 from fastpo.fit import make_feed
@@ -38,11 +37,11 @@ def select(run: Run, target: Source, out: Path, *, keep: int, reg: float = 0.05,
         raise ValueError(f"--keep {keep}: {train.path} has {len(keys)} usable rows")
     cost = row_costs(source, embeddings(opened, feed, aim)[1], reg=reg)
     chosen = sorted(cost.argsort(stable=True)[:keep].tolist())
-    given = list(rows(train.path))
+    given = answers.source_rows(table.samples)
     out.parent.mkdir(parents=True, exist_ok=True)
-    numbers = [int(keys[n].rpartition(":")[2]) for n in chosen]
-    out.write_text("".join(json.dumps(given[n], ensure_ascii=False) + "\n" for n in numbers), encoding="utf-8")
-    return len(numbers)
+    lines = [json.dumps(given[keys[n]], ensure_ascii=False) + "\n" for n in chosen]
+    out.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     try:
         run = load(args.config, args.overrides)
-        target = one_source(run).model_copy(update={"path": args.target})
+        target = one_source(run).model_copy(update={"path": args.target, "rule": "all", "weight": 1.0})
         if args.format:
             target = Source(name=args.format, path=args.target)
         count = select(run, target, args.out, keep=args.keep, reg=args.reg, adapter=args.adapter)

@@ -41,5 +41,13 @@ def test_the_command_keeps_whole_rows_in_order_those_nearest_to_the_target(demo,
     select.main([str(RECIPE), str(tmp_path / "new" / "kept.jsonl"), *line, *options(demo, tmp_path / "run")])
     kept = [json.loads(text) for text in (tmp_path / "new" / "kept.jsonl").read_text().splitlines()]
     assert kept == [table[n] for n in (2, 5, 7)]
+    listed = tmp_path / "mixture.yaml"
+    listed.write_text(f"datasets: [{{json_path: {demo / 'train.json'}, sampling_strategy: 'first:10'}}]")
+    # data.train's own rule and weight mean nothing for the target
+    more = [f"data.train.path={listed}", "data.train.weight=2", "data.train.rule=first:1"]
+    line[line.index("3")] = "6"
+    select.main([str(RECIPE), str(tmp_path / "twice.jsonl"), *line, *options(demo, tmp_path / "run"), *more])
+    kept = [json.loads(text) for text in (tmp_path / "twice.jsonl").read_text().splitlines()]
+    assert kept == [table[n] for n in (2, 5, 7)] * 2
     with pytest.raises(SystemExit, match="exists already"):
         select.main([str(RECIPE), str(tmp_path / "new" / "kept.jsonl"), *line, *options(demo, tmp_path / "run")])
