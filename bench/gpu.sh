@@ -36,14 +36,14 @@ timed() { # seconds, then arguments of pytest; the interrupt lets pytest say wha
 }
 bench=(--benchmark-disable-gc --rows "$rows")
 mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # others import what may be missing here
-timed 60 -m gpu "${tests[@]}"
+timed 90 -m gpu "${tests[@]}"
 timed 75 "${bench[@]}" bench/bench_attention.py
 timed 45 "${bench[@]}" bench/bench_splice.py
 if [ -z "$steps" ]; then
   timed 150 "${bench[@]}" -s bench/bench_step_trl.py bench/bench_step_frames.py
-  timed 240 "${bench[@]}" bench/bench_head.py
+  timed 210 "${bench[@]}" bench/bench_head.py
 else
-  timed 390 "${bench[@]}" bench/bench_head.py
+  timed 360 "${bench[@]}" bench/bench_head.py
 fi
 
 for file in "$rows"/*.jsonl; do
