@@ -37,12 +37,22 @@ def generate(
     count: int,
     questions: bool,
 ) -> int:
-    """Appends a row for each row of source that `out` lacks; returns how many. Raises ValueError, BadSample."""
+    """Appends a row for each row of source that `out` lacks; returns how many.
+
+    Raises BadSample, ValueError also where `out` was begun with another count.
+    """
     feed = make_feed(run, 0, 1)
     table = feed.read(source, keep="all" if questions else "none")
     if questions:
         table = _conversations(feed, table)
-    done = answers.keys(answers.finished(out), out)
+    before = answers.finished(out)
+    done = answers.keys(before, out)
+    for number, row in enumerate(before):
+        if row.get("answers_count", count) != count:
+            raise ValueError(
+                f"--count: {count}, but {out}, row {number}, has {row['answers_count']} answers: take another --out, "
+                "or remove the file"
+            )
     order = [n for n, sample in enumerate(table.samples) if sample.key not in done]
     if not order:
         return 0
@@ -59,7 +69,7 @@ def generate(
 def _answered(
     opened: Opened, sample: Sample, prompt: Encoded, given: Row, cfg: Generation, run: Run, count: int
 ) -> Row:
-    """answers_gen holds the answers that are not empty: no format takes an empty one."""
+    """answers_gen holds the answers that are not empty: no format takes an empty one. answers_count: the others too."""
     if sample.turns:
         raise BadSample(f"{sample.key}: has several turns, which a row of answers cannot hold")
     found = answers.texts(opened, prompt, cfg, count=count, seed=run.seed)
@@ -72,6 +82,7 @@ def _answered(
         **answers.media_row(sample, run.data.media_root),
         **({} if sample.truth is None else {"truth": sample.truth}),
         "answers_gen": [text for text in found if text.strip()],
+        "answers_count": count,
     }
 
 

@@ -70,6 +70,15 @@ def test_a_stopped_command_goes_on_with_the_same_answers(demo, tmp_path, capsys)
     assert broken.read_bytes() == text and "0 new rows" in capsys.readouterr().out
 
 
+def test_another_count_does_not_go_on_with_the_same_file(greedy, demo, capsys):
+    text = greedy.read_bytes()
+    assert all(row["answers_count"] == 2 for row in rows(greedy))
+    with pytest.raises(SystemExit):
+        call(demo, greedy, "--count", "3")
+    assert f"--count: 3, but {greedy}, row 0, has 2 answers: take another --out" in capsys.readouterr().err
+    assert greedy.read_bytes() == text
+
+
 def test_data_sets_that_are_mixed_keep_their_own_rows(demo, tmp_path):
     names = ("train", "test")
     sources = [{"name": "rrpo", "path": str(demo / f"{name}.json"), "rule": "first:2"} for name in names]
