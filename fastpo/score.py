@@ -19,6 +19,7 @@ from fastpo.answers import Row
 from fastpo.config import Generation, Model
 from fastpo.data import formats
 from fastpo.data.formats import fields
+from fastpo.data.phrases import TAG
 from fastpo.models.trained import open_model
 from fastpo.sample import Sample, Sampling
 
@@ -42,7 +43,8 @@ Reply with one line that holds both ratings, first that of answer 1, then that o
 
 
 def scored(rows: Sequence[Any], path: str, terms: Sequence[rewards.Term], truth: str) -> Iterator[Row]:
-    """The rows with iou_scores: for each text of answers_gen the rewards' weighted sum against row[truth].
+    """The rows with iou_scores: for each text of answers_gen, whatever it holds, the rewards' weighted sum against
+    row[truth].
 
     Raises BadSample with file, row and key for a row that lacks either, or that a reward cannot read.
     """
@@ -50,7 +52,7 @@ def scored(rows: Sequence[Any], path: str, terms: Sequence[rewards.Term], truth:
         where = f"{path}:{number}"
         if row.get(truth) is None:
             raise fields.bad(where, truth, "missing, and the scores are measured against it")
-        texts = fields.texts(row, where, "answers_gen")
+        texts = fields.any_texts(row, where, "answers_gen")
         scores = [rewards.total(terms, text, row[truth], where=where, key=truth)[0] for text in texts]
         yield {**{key: value for key, value in row.items() if value is not None}, "iou_scores": scores}
 
@@ -138,7 +140,7 @@ def rank(path: str, out: Path, media_root: Path, critic: Critic) -> Counter[str]
 
 
 def _bare(text: str) -> str:
-    return fields.PLACEHOLDER.sub("", text).strip()
+    return TAG.sub("", fields.PLACEHOLDER.sub("", text)).strip()
 
 
 def _critic(args: argparse.Namespace) -> Critic:

@@ -50,6 +50,22 @@ def test_rewards_take_options_and_add_up(tmp_path):
     assert rows(out)[0]["iou_scores"] == [1.0, 1.0]
 
 
+def test_an_answer_with_a_placeholder_or_a_tag_is_scored_as_the_text_it_is(tmp_path):
+    said = ["a <image>", "<MASK>a</MASK>", "a"]
+    source = write(tmp_path / "text.jsonl", [{"question": "?", "truth": "a <image>", "answers_gen": said}])
+    score.main([str(source), str(tmp_path / "out.jsonl"), "--reward", "exact"])
+    assert [(row["answers_gen"], row["iou_scores"]) for row in rows(tmp_path / "out.jsonl")] == [(said, [1, 0, 0])]
+
+
+def test_a_critic_sees_neither_placeholders_nor_tags(tmp_path):
+    asked = {"sampler": ["What?", "That."], "c1": {"q": "one <image>", "a1": "<MASK>a", "a2": "b</MASK>"},
+             "c2": {"q": "two", "a1": "c", "a2": "<video>d"}}  # fmt: skip
+    found = score.ranked(asked, "x:0", tmp_path, lambda sample: "2 1")
+    assert (found["c_pref"], found["c_rej"]) == (
+        {"q": "one", "a_w": "a", "a_l": "b"}, {"q": "two", "a_w": "c", "a_l": "d"},
+    )  # fmt: skip
+
+
 def test_errors_name_file_row_and_key(tmp_path, capsys):
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     good = {"question": "?", "box": "[0, 0, 1, 1]", "answers_gen": ["a", "b"]}

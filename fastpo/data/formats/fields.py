@@ -48,13 +48,18 @@ def response(text: str, where: str, key: str, *, score: float) -> Response:
 
 
 def texts(row: Row, where: str, key: str) -> list[str]:
-    """A list of texts, none empty."""
+    """A list of texts that are `plain`."""
+    return [plain(item, where, key) for item in any_texts(row, where, key)]
+
+
+def any_texts(row: Row, where: str, key: str) -> list[str]:
+    """A list of texts, whatever they hold."""
     value = row.get(key)
     if value is None:
         raise bad(where, key, "missing")
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise bad(where, key, f"expected a list of texts, got {value!r:.80}")
-    return [plain(item, where, key) for item in value]
+    return value
 
 
 def inner(row: Row, where: str, key: str) -> Row:
