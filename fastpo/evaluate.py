@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fastpo import answers, metrics, rewards
+from fastpo import answers, metrics, rewards, rollout
 from fastpo.config import Generation, Plugin, Run
 from fastpo.data import loader
 from fastpo.data.loader import Feed
@@ -41,7 +41,9 @@ def evaluate(run: Run, cfg: Generation, adapter: Path | None, named: tuple[Plugi
 def _judged(run: Run, cfg: Generation, adapter: Path | None, feed: Feed, terms: tuple[rewards.Term, ...]) -> Found:
     """The rewards of greedy answers, and their means."""
     assert run.data.eval is not None
-    table = feed.read(run.data.eval, keep="none")
+    table = rollout.readable(run, feed.read(run.data.eval, keep="none"), terms)
+    for _, reason in table.skipped:
+        print(f"skipped: {reason}")
     opened = open_model(run.model, adapter, answers.device())
     greedy = cfg.model_copy(update={"temperature": 0.0})
     order, rows = range(len(table)), []

@@ -57,16 +57,17 @@ def check(run: Run, table: Table) -> None:
         )
 
 
-def readable(run: Run, table: Table) -> Table:
+def readable(run: Run, table: Table, terms: Sequence[Term] | None = None) -> Table:
     """The table without the rows whose ground truth a reward cannot read, if data.on_bad_sample says skip. Tries our
-    rewards alone, since one of a user's own may be slow.
+    rewards alone, since one of a user's own may be slow. terms: by default those of rollout.rewards.
 
     Raises BadSample at the first such row under on_bad_sample: error, ValueError for a reward that does not exist and
     where no row is left.
     """
-    assert run.rollout is not None
-    found = rewards.terms(run.rollout.rewards, key="rollout.rewards")
-    rules = [rule for rule in found if rule.name in rewards.REWARDS]
+    if terms is None:
+        assert run.rollout is not None
+        terms = rewards.terms(run.rollout.rewards, key="rollout.rewards")
+    rules = [rule for rule in terms if rule.name in rewards.REWARDS]
     kept, skipped = [], []
     for n, sample in enumerate(table.samples):
         try:

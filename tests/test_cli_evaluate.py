@@ -91,6 +91,17 @@ def test_what_cannot_be_evaluated_is_said(demo, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_rows_with_a_truth_that_cannot_be_read_are_skipped_and_named_where_asked(demo, tmp_path, capsys):
+    table = json.loads((demo / "test.json").read_text())[:3]
+    file = tmp_path / "prompts.json"
+    truths = [{"truth": truth} for truth in (1, "many", 2)]
+    file.write_text(json.dumps([row | truth for row, truth in zip(table, truths, strict=True)]))
+    more = [f"data.eval={{name: rollout, path: {file}, prompt: question}}", "data.on_bad_sample=skip"]
+    mine = found(demo, demo / "model", tmp_path, *more, "--metric", "numeric", "generation.max_tokens=2")
+    assert mine["rows"] == 2 and [row["truth"] for row in mine["answers"]] == [1, 2]
+    assert f"skipped: {file}, row 1, key truth: reward numeric: " in capsys.readouterr().out
+
+
 def test_boxes_come_with_the_share_of_one_half_or_more():
     rows = [{"box_iou": x, "exact": 1.0} for x in (0.5, 0.4, 1.0)]
     found = evaluate.means(["box_iou", "exact"], rows)
