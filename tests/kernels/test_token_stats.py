@@ -67,10 +67,8 @@ def eager(given, target, kl_rows, *, softcap=None, temperature=1.0):
 def ours(given, target, kl_rows, *, backend, **options):
     args = {k: v for k, v in given.items() if k not in ("hidden", "weight")}
     with nan_scratch():
-        stats = token_stats(
-            given["hidden"], given["weight"], target, kl_rows=kl_rows, backend=backend, **args, **options
-        )
-    return stats._asdict()
+        head = given["hidden"], given["weight"]
+        return token_stats(*head, target, kl_rows=kl_rows, backend=backend, **args, **options)._asdict()
 
 
 def with_gradients(compute, given, trained, dtype=None):
@@ -221,8 +219,7 @@ def test_d_hidden_is_as_good_for_confident_tokens(dtype, loss_scale, bound, trai
 
 
 @pytest.mark.parametrize("distance", [1e-4, 1e-3, 1e-2])
-@pytest.mark.parametrize("own_head", [False, True])
-@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("own_head, train_head", itertools.product([False, True], repeat=2))
 def test_kl_near_the_reference(distance, own_head, train_head, monkeypatch):
     monkeypatch.setattr(chunked, "TILE_BYTES", 64 * 257 * 4)
     given, target = confident(torch.bfloat16)
