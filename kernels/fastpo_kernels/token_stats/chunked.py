@@ -169,9 +169,7 @@ def _power_of_two(g: Tensor) -> float:
 
 def _chunk(x: Inputs, keep: torch.dtype | None) -> tuple[TokenStats, Made]:
     """Statistics of some rows; with a dtype to keep them in, also their u [n, H], and k and r of those with KL."""
-    z, ref_z = _both_logits(x)
-    log_p, log_q, slope = _log_softmax(z, x), None if ref_z is None else _log_softmax(ref_z, x), slope_of(z, x)
-    normalisers = (*_normaliser(z, log_p, x), *_normaliser(ref_z, log_q, x)) if keep is None else None
+    log_p, log_q, slope, normalisers = _log_probs(x, normalised=keep is None)
     p, logp = log_p.exp(), _pick(log_p, x)
     ref_logp = kl = reverse_kl = u = k = r = None
     if log_q is not None:
@@ -234,14 +232,19 @@ def _pull_back(tile: Tensor, slope: Tensor | None, x: Inputs) -> Tensor:
     return mm(tile.to(x.weight.dtype), x.weight).div_(x.temperature)
 
 
-def _both_logits(x: Inputs) -> tuple[Tensor, Tensor | None]:
-    """[n, V] of the policy and, where there is one, of the reference."""
+def _log_probs(x: Inputs, *, normalised: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Made | None]:
+    """[n, V] log p; log q, with a reference; the slope of the softcap at the policy's logits; where asked for, what
+    Normalisers holds. The logits themselves are gone by then.
+    """
     if x.ref_hidden is None:
-        return _logits(x.hidden, x.weight, x), None
-    if x.ref_weight is None:  # one GEMM, since with one tiling the rounding errors of p and q cancel in p - q
+        z, ref_z = _logits(x.hidden, x.weight, x), None
+    elif x.ref_weight is None:  # one GEMM, since with one tiling the rounding errors of p and q cancel in p - q
         z, ref_z = _logits(torch.cat([x.hidden, x.ref_hidden]), x.weight, x).tensor_split(2)
-        return z, ref_z
-    return _logits(x.hidden, x.weight, x), _logits(x.ref_hidden, x.ref_weight, x)
+    else:
+        z, ref_z = _logits(x.hidden, x.weight, x), _logits(x.ref_hidden, x.ref_weight, x)
+    log_p, log_q = _log_softmax(z, x), None if ref_z is None else _log_softmax(ref_z, x)
+    made = (*_normaliser(z, log_p, x), *_normaliser(ref_z, log_q, x)) if normalised else None
+    return log_p, log_q, slope_of(z, x), made
 
 
 def _logits(hidden: Tensor, weight: Tensor, x: Inputs) -> Tensor:

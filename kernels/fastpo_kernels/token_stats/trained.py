@@ -73,7 +73,7 @@ def backward(
     d_hidden = torch.zeros(len(at), hidden.shape[1], dtype=wide, device=device) if wanted[0] else None
     d_weight = torch.empty_like(x.weight) if wanted[1] else None
     d_bias = torch.empty_like(x.bias) if wanted[2] and x.bias is not None else None
-    size = tile_size(len(at) + paired, x.hidden)
+    size = tile_size(max(len(at) + paired, x.hidden.shape[1]), x.hidden)  # of logits, and of d weight in fp32
     size -= size % ALIGNED if size > ALIGNED else 0
     for start in range(0, len(x.weight), size):
         part = _slice(here, slice(start, start + size))
@@ -84,7 +84,9 @@ def backward(
         tile = tile.to(part.weight.dtype)
         if d_hidden is not None:
             add_mm(d_hidden, tile, part.weight)
-        if d_weight is not None:
+        if d_weight is not None and d_weight.dtype == wide:
+            add_mm(d_weight[start : start + size], tile.t(), hidden[: len(at)], beta=0)
+        elif d_weight is not None:
             d_weight[start : start + size] = mm(tile.t(), hidden[: len(at)])
     if d_hidden is not None:
         d_hidden = torch.zeros_like(x.hidden).index_copy_(0, at.to(device), d_hidden.to(x.hidden.dtype))
