@@ -152,7 +152,8 @@ def folded(
             if len(live) < len(at):
                 part, slope = _take(part, live), None if slope is None else slope[live]
                 log_p, logp, g_logp = log_p[live], logp[live], g_logp[live]
-            tile, scale = less_target(log_p.exp_(), logp, *_columns(part)), _power_of_two(g_logp)
+            tile = less_target(log_p.exp_(), logp, *_columns(part))
+            scale = _power_of_two(g_logp) if part.weight.dtype == torch.float16 else 1.0  # a sync
             tile.mul_(g_logp.to(logp.dtype)[:, None] / (-x.temperature * scale))
             tile = tile if slope is None else tile.mul_(slope)
             gradients.add(tile, scale, part, live + here.start, first=here.start == 0)

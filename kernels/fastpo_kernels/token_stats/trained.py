@@ -64,11 +64,11 @@ def backward(
     wide, device = accumulator(x.hidden.dtype), x.hidden.device
     at, paired = _order(x, g)
     here = x._replace(
-        hidden=x.hidden[at.to(device)],
-        target=x.target[at.to(device)] - (0 if x.shard is None else x.shard.first),
-        ref_hidden=None if x.ref_hidden is None or not paired else x.ref_hidden[at[:paired].to(device)],
+        hidden=x.hidden[at],
+        target=x.target[at] - (0 if x.shard is None else x.shard.first),
+        ref_hidden=None if x.ref_hidden is None or not paired else x.ref_hidden[at[:paired]],
     )
-    live = _live(here, stats, normalisers, g, at.to(device), paired)
+    live = _live(here, stats, normalisers, g, at, paired)
     hidden, ref_hidden = _operands(here)
     d_hidden = torch.zeros(len(at), hidden.shape[1], dtype=wide, device=device) if wanted[0] else None
     d_weight = torch.empty_like(x.weight) if wanted[1] else None
@@ -89,7 +89,7 @@ def backward(
         elif d_weight is not None:
             d_weight[start : start + size] = mm(tile.t(), hidden[: len(at)])
     if d_hidden is not None:
-        d_hidden = torch.zeros_like(x.hidden).index_copy_(0, at.to(device), d_hidden.to(x.hidden.dtype))
+        d_hidden = torch.zeros_like(x.hidden).index_copy_(0, at, d_hidden.to(x.hidden.dtype))
     return d_hidden, d_weight, d_bias
 
 
@@ -119,14 +119,14 @@ def d_logits(z: Tensor, ref_z: Tensor | None, x: Inputs, live: Live) -> Tensor:
 
 
 def _order(x: Inputs, g: Coefficients) -> tuple[Tensor, int]:
-    """Host index of the rows with a coefficient, those that have one of a KL first, and how many these are."""
+    """Index of the rows with a coefficient, those that have one of a KL first, and how many these are."""
     none = torch.zeros(len(x.hidden), dtype=accumulator(x.hidden.dtype), device=x.hidden.device)
     has_logp, has_kl, has_reverse = torch.stack([none if c is None else c for c in g]).ne(0).cpu()
     paired = torch.zeros(len(x.hidden), dtype=torch.bool)
     for has, rows in ((has_kl, x.kl_rows), (has_reverse, x.reverse_kl_rows)):
         paired = paired if rows is None else paired | (has & rows)
     first, rest = paired.nonzero()[:, 0], (has_logp & ~paired).nonzero()[:, 0]
-    return torch.cat([first, rest]), len(first)
+    return torch.cat([first, rest]).to(x.hidden.device), len(first)
 
 
 def _live(x: Inputs, stats: TokenStats, normalisers: Normalisers, g: Coefficients, at: Tensor, paired: int) -> Live:
